@@ -1,0 +1,74 @@
+"""Train probes on a language model's residual stream, share them as one file, and score every token live.
+
+from lmprobe_tl import Probe, load_probe, monitored_generate
+
+probe = Probe(model, hook_points=6).fit(prompts, labels)
+probe.save("deceit.safetensors")
+results = monitored_generate(model, prompts, [load_probe("deceit.safetensors")], stop=True)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmprobe_tl import pooling
+    from lmprobe_tl.evaluation import Evaluation
+    from lmprobe_tl.extraction import ExtractedActivations, extract_activations
+    from lmprobe_tl.generation import GenerationResult, monitored_generate
+    from lmprobe_tl.live_events import TokenEvent
+    from lmprobe_tl.live_run import Alarm
+    from lmprobe_tl.monitor import Monitor, attach_probes
+    from lmprobe_tl.probe import Probe
+    from lmprobe_tl.probe_file import load_probe
+    from lmprobe_tl.scoring import score_prompts
+    from lmprobe_tl.weights import ProbeWeights
+
+__version__ = "0.1.0"
+
+# Where each public name lives: it is imported when it is first used (PEP 562), so that `import lmprobe_tl` costs nothing.
+_HOMES = {
+    "Alarm": "live_run",
+    "Evaluation": "evaluation",
+    "ExtractedActivations": "extraction",
+    "GenerationResult": "generation",
+    "Monitor": "monitor",
+    "Probe": "probe",
+    "ProbeWeights": "weights",
+    "TokenEvent": "live_events",
+    "attach_probes": "monitor",
+    "extract_activations": "extraction",
+    "load_probe": "probe_file",
+    "monitored_generate": "generation",
+    "score_prompts": "scoring",
+}
+
+__all__ = [
+    "Alarm",
+    "Evaluation",
+    "ExtractedActivations",
+    "GenerationResult",
+    "Monitor",
+    "Probe",
+    "ProbeWeights",
+    "TokenEvent",
+    "attach_probes",
+    "extract_activations",
+    "load_probe",
+    "monitored_generate",
+    "pooling",
+    "score_prompts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "pooling":
+        return import_module("lmprobe_tl.pooling")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lmprobe_tl' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+    value = getattr(import_module(f"lmprobe_tl.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,80 @@
+"""Everything that lmprobe_tl raises or warns of.
+
+LmprobeError
+|- InputError (ValueError)                 an argument that cannot be used as given
+|   |- EmptyMaskError                      rows without a token that counts
+|   |- PromptTooLongError                  prompts beyond the model's context
+|   `- UnknownHookPointError (KeyError)    a hook point that the model does not have
+|- NonlinearClassifierError (TypeError)    a classifier that no linear rule reproduces: it cannot be saved or run live
+|- ProbeFileError (ValueError)             a probe file that cannot be read or written
+|- IncompatibleProbeError (ValueError)     a probe that cannot score this model
+`- MonitorError (RuntimeError)             live scores that would be missing or wrong
+    `- ProbeNeverFiredError                a probe whose hook points saw no activation
+
+LmprobeWarning (UserWarning)
+|- PoolingMismatchWarning                  trained on one pooling, used with another
+`- ModelMismatchWarning                    a probe file made with another model or tokenizer
+"""
+
+
+class LmprobeError(Exception):
+    """Base class of all errors that lmprobe_tl raises on purpose."""
+
+
+class InputError(LmprobeError, ValueError):
+    """An argument that cannot be used as given."""
+
+
+class EmptyMaskError(InputError):
+    """Rows without a single token that counts; `rows` names them."""
+
+    def __init__(self, message: str, rows: list[int]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+class PromptTooLongError(InputError):
+    """Prompts with more tokens than the model's context or `max_length`; `rows` names them."""
+
+    def __init__(self, message: str, rows: list[int]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+class UnknownHookPointError(InputError, KeyError):
+    """A hook point that the model does not have."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # KeyError would show the repr, quotes and all
+
+
+class NonlinearClassifierError(LmprobeError, TypeError):
+    """A classifier whose decision is no linear function of the activations."""
+
+
+class ProbeFileError(LmprobeError, ValueError):
+    """A probe file that is damaged, of another format or version, or cannot be written."""
+
+
+class IncompatibleProbeError(LmprobeError, ValueError):
+    """A probe that cannot score this model: another width, layer count, or residual basis."""
+
+
+class MonitorError(LmprobeError, RuntimeError):
+    """Live scores that would be missing or wrong."""
+
+
+class ProbeNeverFiredError(MonitorError):
+    """A probe whose hook points saw no activation while it was attached."""
+
+
+class LmprobeWarning(UserWarning):
+    """Base class of all warnings of lmprobe_tl."""
+
+
+class PoolingMismatchWarning(LmprobeWarning):
+    """Trained on one pooling, used with another."""
+
+
+class ModelMismatchWarning(LmprobeWarning):
+    """A probe file made with another model or tokenizer."""

@@ -1,0 +1,80 @@
+"""Classifiers on pooled activations [n_examples n_features]: by name, or any scikit-learn classifier of your own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from sklearn.base import BaseEstimator, clone, is_classifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from lmprobe_tl.errors import InputError
+from lmprobe_tl.estimators.linear_rule import LinearRule, linear_rule
+from lmprobe_tl.estimators.mass_mean import MassMeanClassifier
+
+__all__ = ["CLASSIFIERS", "LinearRule", "MassMeanClassifier", "linear_rule", "make_classifier"]
+
+
+def _logistic_regression(random_state: int | None) -> BaseEstimator:
+    """Standardised features and L2-penalised logistic regression, C = 0.03.
+
+    C is fixed, so that a fit is one fit. On Gaussian classes with d = 256 and 768, n = 50 to 2000, Mahalanobis
+    distances 2 and 4, with white noise and with a power-law spectrum, the best C ranged from 1e-3 (white noise) to 1
+    (power law); C = 0.03 lost at most 0.04 AUROC to the best one everywhere, and its log loss stayed low where C = 1
+    was overconfident. To choose C on your data, pass a GridSearchCV or LogisticRegressionCV instead of the name.
+    """
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=2000, random_state=random_state))
+
+
+def _mass_mean(random_state: int | None) -> BaseEstimator:
+    """The difference of class means; nothing in it is random."""
+    return MassMeanClassifier()
+
+
+CLASSIFIERS: dict[str, Callable[[int | None], BaseEstimator]] = {
+    "logistic_regression": _logistic_regression,
+    "mass_mean": _mass_mean,
+}
+
+
+def make_classifier(classifier: Any, random_state: int | None) -> BaseEstimator:
+    """An unfitted classifier: a fresh one by name, or a clone of the instance given, which stays untouched.
+
+    random_state reaches the named classifiers only; an instance keeps its own.
+    Raises InputError for an unknown name, and for anything that is no scikit-learn classifier instance.
+    """
+    if isinstance(classifier, str):
+        return _named_classifier(classifier, random_state)
+    if isinstance(classifier, type):
+        raise InputError(
+            f"classifier must be a name or an instance, got the class {classifier.__name__}. Pass {classifier.__name__}()."
+        )
+    missing = [method for method in ("fit", "predict", "get_params") if not callable(getattr(classifier, method, None))]
+    if missing:
+        raise InputError(
+            f"classifier must be a name ({_names()}) or a scikit-learn classifier instance, got {classifier!r}, "
+            f"which has no {' and no '.join(missing)}."
+        )
+    if not is_classifier(classifier):
+        raise InputError(
+            f"classifier must be a classifier, got {classifier!r}, which scikit-learn does not count as one (a regressor, a "
+            f"transformer or an outlier detector). For a linear probe pass 'logistic_regression' or RidgeClassifier()."
+        )
+    return clone(classifier)
+
+
+def _named_classifier(name: str, random_state: int | None) -> BaseEstimator:
+    if name not in CLASSIFIERS:
+        closest = difflib.get_close_matches(name, CLASSIFIERS, n=1, cutoff=0.0)[0]
+        raise InputError(
+            f"Unknown classifier {name!r}. Closest: {closest!r}. All names: {_names()}. "
+            f"Any scikit-learn classifier instance works too."
+        )
+    return CLASSIFIERS[name](random_state)
+
+
+def _names() -> str:
+    return ", ".join(repr(name) for name in sorted(CLASSIFIERS))

@@ -1,0 +1,146 @@
+"""Mass-mean probing: the direction between the class means (Marks & Tegmark 2023, arXiv:2310.06824)."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit, log_softmax, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from lmprobe_tl.errors import InputError
+
+Array: TypeAlias = NDArray[np.float64]
+
+EIGENVALUE_CUTOFF = 1e-3
+
+
+class MassMeanClassifier(ClassifierMixin, BaseEstimator):
+    """A linear classifier whose direction is theta = mean(positive) - mean(negative).
+
+    covariance=True takes Sigma^-1 theta, with Sigma pooled within the classes. The pseudo-inverse is taken of the
+    correlation matrix, where it drops eigenvalues up to 1e-3: Sigma^-1 = D^-1 R^-1 D^-1 with D the standard deviations.
+    So the result does not depend on the unit of the activations, as a cutoff on Sigma itself would.
+
+    theta . x has an arbitrary scale, and its sigmoid would be 0 or 1 almost everywhere. The logit is therefore
+    a * theta . x + b, where a > 0 and b come from a logistic regression on the training projections, with the smoothed
+    targets of Platt (1999) that keep a finite when the classes are separable. The direction and its sign stay theta's.
+    As for any classifier with few examples and many features, probabilities on new data are less sure than these.
+
+    With more than two classes, class k has the logit a * (mean_k . x - |mean_k|^2 / 2) + b_k: without b, the nearest mean.
+
+    Learnt: classes_; class_means_ [n_classes n_features]; coef_ [n_outputs n_features] and intercept_ [n_outputs], with
+    n_outputs = 1 for two classes (the logit of classes_[1]) and n_classes otherwise.
+    """
+
+    def __init__(self, *, covariance: bool = False) -> None:
+        self.covariance = covariance
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MassMeanClassifier:
+        """X: [n_examples n_features]; y: [n_examples]; sample_weight: [n_examples] or None, a weight of 2 is two copies.
+
+        Raises InputError where fewer than two classes have weight, or where covariance=True finds no variance.
+        """
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(y)
+        weight = _validated_weight(sample_weight, len(y))
+        X, y, weight = X[weight > 0], y[weight > 0], weight[weight > 0]
+        self.classes_, class_index = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise InputError(f"A classifier needs at least two classes, but the labels hold one class: {self.classes_}.")
+
+        member = np.eye(len(self.classes_))[class_index] * weight[:, None]  # [n_examples n_classes]
+        class_weight = member.sum(axis=0)
+        self.class_means_ = member.T @ X / class_weight[:, None]
+
+        # Softmax ignores what all classes share, so means may be measured from their midpoint, where digits are not lost
+        midpoint = self.class_means_.mean(axis=0)
+        means = self.class_means_ - midpoint
+        directions = self._whiten(X - self.class_means_[class_index], weight, means) if self.covariance else means
+        offsets = -0.5 * (directions * means).sum(axis=1)
+
+        scale, shift = _fit_scale((X - midpoint) @ directions.T + offsets, class_index, weight, class_weight)
+        coef = scale * directions
+        intercept = scale * offsets + shift - coef @ midpoint
+        if len(self.classes_) == 2:
+            coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
+        self.coef_, self.intercept_ = coef, intercept
+        return self
+
+    def decision_function(self, X: Any) -> Array:
+        """Logits: [n_examples] for two classes, [n_examples n_classes] otherwise."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        logits = X @ self.coef_.T + self.intercept_
+        return logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def predict_proba(self, X: Any) -> Array:
+        """Sigmoid or softmax of the logits: [n_examples n_classes]."""
+        logits = self.decision_function(X)
+        if logits.ndim == 1:
+            return np.column_stack([expit(-logits), expit(logits)])
+        return softmax(logits, axis=1)
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """The class of the highest logit: [n_examples]."""
+        logits = self.decision_function(X)
+        index = (logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)
+        return self.classes_[index]
+
+    @staticmethod
+    def _whiten(residuals: Array, weight: Array, means: Array) -> Array:
+        """Sigma^-1 means: [n_classes n_features]; residuals: [n_examples n_features], each from the mean of its class."""
+        covariance = (residuals * weight[:, None]).T @ residuals / weight.sum()
+        deviation = np.sqrt(np.diag(covariance))
+        if not deviation.any():
+            raise InputError(
+                "covariance=True needs classes with some variance, but within each class all examples are equal. "
+                "Give more examples, or use covariance=False."
+            )
+        deviation[deviation == 0] = 1.0  # such a feature has no correlation either, and drops out with eigenvalue 0
+        correlation = covariance / deviation[:, None] / deviation
+        eigenvalues, eigenvectors = np.linalg.eigh(correlation)
+        kept = eigenvalues > EIGENVALUE_CUTOFF
+        return (means / deviation @ eigenvectors[:, kept] / eigenvalues[kept]) @ eigenvectors[:, kept].T / deviation
+
+
+def _validated_weight(sample_weight: Any, n_examples: int) -> Array:
+    """The weights as float64 [n_examples]; ones for None."""
+    if sample_weight is None:
+        return np.ones(n_examples)
+    weight = np.asarray(sample_weight, dtype=np.float64)
+    if weight.shape != (n_examples,):
+        raise InputError(f"sample_weight has shape {weight.shape}, expected one weight an example: {(n_examples,)}.")
+    if not (np.isfinite(weight) & (weight >= 0)).all():
+        raise InputError(f"sample_weight must be finite and not negative, got values from {weight.min()} to {weight.max()}.")
+    if not weight.any():
+        raise InputError("sample_weight is zero for every example: give some example a positive weight.")
+    return weight
+
+
+def _fit_scale(scores: Array, class_index: NDArray[Any], weight: Array, class_weight: Array) -> tuple[float, Array]:
+    """Scale a and shifts b [n_classes] that make softmax(a * scores + b) most likely; scores: [n_examples n_classes].
+
+    Targets as Platt (1999) smooths them: (n_k + 1) / (n_k + n_classes) for the own class k of an example, the rest shared.
+    No bound keeps a from being negative, and none is needed: classes score highest at their own means, by construction.
+    """
+    n_classes = len(class_weight)
+    smoothed = (np.eye(n_classes) * class_weight[:, None] + 1.0) / (class_weight[:, None] + n_classes)
+    targets = smoothed[class_index]
+    unit = float((scores - scores.mean(axis=1, keepdims=True)).std()) or 1.0
+    scores = scores / unit
+
+    def loss_and_gradient(parameters: Array) -> tuple[float, Array]:
+        log_probabilities = log_softmax(parameters[0] * scores + parameters[1:], axis=1)
+        loss = -(weight @ (targets * log_probabilities)).sum() / weight.sum()
+        excess = (np.exp(log_probabilities) - targets) * weight[:, None] / weight.sum()
+        return loss, np.concatenate([[(excess * scores).sum()], excess.sum(axis=0)])
+
+    start = np.concatenate([[0.0], np.log(class_weight / class_weight.sum())])
+    options = {"maxiter": 1000, "ftol": 0.0, "gtol": 1e-10}
+    fitted = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options).x
+    return float(fitted[0] / unit), fitted[1:]

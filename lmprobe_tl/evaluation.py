@@ -1,0 +1,79 @@
+"""How good a probe is: frozen records of metrics with bootstrap intervals over prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from lmprobe_tl.metrics import Interval, accuracy, auroc, bootstrap_interval, tpr_at_fpr
+from lmprobe_tl.probe_spec import MetricRecord
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a probe on labelled prompts.
+
+    auroc: one-vs-rest macro mean with more than two classes. tpr_at_fpr: best true-positive rate whose false-positive rate
+    does not exceed `fpr`; None with more than two classes. level: 'prompt', or 'token' where each token had a label.
+    Intervals come from a percentile bootstrap that draws whole prompts.
+    """
+
+    auroc: Interval
+    accuracy: Interval
+    tpr_at_fpr: Interval | None
+    fpr: float
+    level: str
+    pooling: str
+    n_prompts: int
+    n_examples: int
+    n_bootstrap: int
+    random_state: int | None
+
+    def records(self) -> dict[str, MetricRecord]:
+        """The metrics as a probe file keeps them."""
+        named = {"auroc": self.auroc, "accuracy": self.accuracy, f"tpr_at_fpr_{self.fpr:g}": self.tpr_at_fpr}
+        return {name: _record(interval) for name, interval in named.items() if interval is not None}
+
+
+def _record(interval: Interval) -> MetricRecord:
+    return MetricRecord(
+        value=interval.value, low=interval.low, high=interval.high, confidence=interval.confidence, n=interval.n
+    )
+
+
+def evaluate_scores(
+    labels: np.ndarray,
+    scores: np.ndarray,
+    predicted: np.ndarray,
+    groups: np.ndarray,
+    *,
+    level: str,
+    pooling: str,
+    fpr: float = 0.01,
+    n_bootstrap: int = 1000,
+    confidence: float = 0.95,
+    random_state: int | None = 0,
+) -> Evaluation:
+    """Metrics of scores [n] (binary, of the positive class) or [n n_classes] and predicted labels [n], in prompts `groups`
+    [n]."""
+    interval = partial(
+        bootstrap_interval, groups=groups, n_bootstrap=n_bootstrap, confidence=confidence, random_state=random_state
+    )
+
+    def rate_of_hits(truth: np.ndarray, values: np.ndarray, sample_weight: np.ndarray | None = None) -> float:
+        return tpr_at_fpr(truth, values, fpr, sample_weight=sample_weight)
+
+    return Evaluation(
+        auroc=interval(auroc, labels, scores),
+        accuracy=interval(accuracy, labels, predicted),
+        tpr_at_fpr=interval(rate_of_hits, labels, scores) if scores.ndim == 1 else None,
+        fpr=fpr,
+        level=level,
+        pooling=pooling,
+        n_prompts=len(np.unique(groups)),
+        n_examples=len(labels),
+        n_bootstrap=n_bootstrap,
+        random_state=random_state,
+    )

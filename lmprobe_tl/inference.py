@@ -1,0 +1,149 @@
+"""A fitted classifier on a model's activations: logits and probabilities of prompts or of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import expit, logit
+from torch import Tensor
+
+from lmprobe_tl.errors import InputError
+from lmprobe_tl.estimators.fitting import logits_of, probabilities_of
+from lmprobe_tl.extraction import Batch, extract_rows, run_batches
+from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, reduce_scores
+from lmprobe_tl.tokens import bos_id, check_rows_count, counted_lengths
+
+_SEES_BOS = ("last_token", "first_token")
+_MONOTONE = ("last_token", "first_token", "max", "min")
+_ON_LOGITS = ("ema_max", "rolling_max", "softmax")
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """Outputs for each token that counts, prompt after prompt.
+
+    logits: [n_tokens] or [n_tokens n_classes]; probabilities: [n_tokens n_classes]; lengths: tokens of each prompt.
+    """
+
+    logits: np.ndarray
+    probabilities: np.ndarray
+    lengths: list[int]
+
+    def by_prompt(self, values: np.ndarray) -> list[np.ndarray]:
+        return np.split(values, np.cumsum(self.lengths)[:-1])
+
+    def padded(self, values: np.ndarray) -> np.ndarray:
+        """[n_prompts pos] for two classes, [n_prompts pos n_classes] else; NaN where a prompt has no such token."""
+        if values.ndim == 2 and values.shape[1] == 2:
+            values = values[:, 1]
+        result = np.full((len(self.lengths), max(self.lengths), *values.shape[1:]), np.nan)
+        for row, part in enumerate(self.by_prompt(values)):
+            result[row, : len(part)] = part
+        return result
+
+    def winners(self) -> np.ndarray:
+        return self.probabilities.argmax(axis=1)
+
+
+def token_outputs(
+    model: Any, rows: list[list[int]], hook_names: Sequence[str], classifier: Any, *, include_bos: bool, **settings: Any
+) -> TokenOutputs:
+    """Outputs of every token that counts."""
+    lengths = counted_lengths(rows, bos_id(model), include_bos)
+    check_rows_count(lengths)
+    logits: list[Any] = [None] * len(rows)
+    probabilities: list[Any] = [None] * len(rows)
+    for batch, features in _token_features(model, rows, hook_names, include_bos, settings):
+        ends = np.cumsum([lengths[index] for index in batch.indices])[:-1]
+        pieces = zip(
+            batch.indices,
+            np.split(logits_of(classifier, features), ends),
+            np.split(probabilities_of(classifier, features), ends),
+            strict=True,
+        )
+        for index, piece_logits, piece_probabilities in pieces:
+            logits[index], probabilities[index] = piece_logits, piece_probabilities
+    return TokenOutputs(np.concatenate(logits), np.concatenate(probabilities), lengths)
+
+
+def prompt_outputs(
+    model: Any,
+    rows: list[list[int]],
+    hook_names: Sequence[str],
+    classifier: Any,
+    pooling: str | PoolingStrategy,
+    *,
+    include_bos: bool,
+    **settings: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits ([n] or [n n_classes]) and probabilities [n n_classes] of each prompt under an inference pooling."""
+    if not callable(pooling):
+        parsed = parse_pooling_strategy(pooling)
+        if parsed.is_score_pooling:
+            return _score_pooled(model, rows, hook_names, classifier, pooling, include_bos=include_bos, **settings)
+        pooling = f"activation:{parsed.base_strategy}"
+    features = extract_rows(model, rows, hook_names, pooling, include_bos=include_bos, **settings).concatenated()
+    values = features.numpy().astype(np.float64)
+    return logits_of(classifier, values), probabilities_of(classifier, values)
+
+
+def _score_pooled(
+    model: Any,
+    rows: list[list[int]],
+    hook_names: Sequence[str],
+    classifier: Any,
+    pooling: str,
+    *,
+    include_bos: bool,
+    **settings: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    name = parse_pooling_strategy(pooling).base_strategy
+    if name in _ON_LOGITS and len(classifier.classes_) > 2:
+        raise InputError(
+            f"inference pooling {pooling!r} works on the logit of two classes; this probe has {len(classifier.classes_)}."
+        )
+    sees_bos = include_bos or name in _SEES_BOS
+    check_rows_count(counted_lengths(rows, bos_id(model), sees_bos))
+    logits: list[Any] = [None] * len(rows)
+    probabilities: list[Any] = [None] * len(rows)
+    for batch, features in _token_features(model, rows, hook_names, sees_bos, settings):
+        mask = batch.attention_mask.bool().cpu() if sees_bos else batch.counted.cpu()
+        for index, one, both in zip(batch.indices, *_reduced(classifier, features, mask, pooling, name), strict=True):
+            logits[index], probabilities[index] = one, both
+    return np.array(logits), np.array(probabilities)
+
+
+def _reduced(classifier: Any, features: np.ndarray, mask: Tensor, pooling: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def spread(values: np.ndarray) -> Tensor:
+        full = torch.zeros(*mask.shape, *values.shape[1:], dtype=torch.float64)
+        full[mask] = torch.from_numpy(np.asarray(values, dtype=np.float64))
+        return full
+
+    binary = len(classifier.classes_) == 2
+    if binary and name in _ON_LOGITS:
+        reduced = reduce_scores(spread(logits_of(classifier, features)), pooling, mask).numpy()
+        return reduced, np.stack([expit(-reduced), expit(reduced)], axis=1)
+    probabilities = reduce_scores(spread(probabilities_of(classifier, features)), pooling, mask).numpy()
+    if not binary:
+        with np.errstate(divide="ignore"):
+            return np.log(probabilities), probabilities
+    if name in _MONOTONE:
+        # On logits, where scores near 0 and 1 stay apart.
+        return reduce_scores(spread(logits_of(classifier, features)), pooling, mask).numpy(), probabilities
+    return logit(probabilities[:, 1]), probabilities
+
+
+def _token_features(
+    model: Any, rows: list[list[int]], hook_names: Sequence[str], sees_bos: bool, settings: dict[str, Any]
+) -> Any:
+    """Each batch with the activations [n_tokens n_features] (float64) of its tokens, row after row."""
+
+    def keep(activations: Tensor, batch: Batch) -> Tensor:
+        return activations[batch.attention_mask.bool() if sees_bos else batch.counted].cpu()
+
+    for batch, kept in run_batches(model, rows, hook_names, keep, **settings):
+        yield batch, torch.cat([kept[name] for name in hook_names], dim=-1).numpy().astype(np.float64)

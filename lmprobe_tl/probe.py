@@ -1,0 +1,364 @@
+"""The estimator: prompts and labels in, a probe on the residual stream out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.utils.validation import check_is_fitted
+
+from lmprobe_tl.errors import InputError, PoolingMismatchWarning
+from lmprobe_tl.estimators import make_classifier
+from lmprobe_tl.estimators.fitting import fit_classifier
+from lmprobe_tl.estimators.linear_rule import linear_rule
+from lmprobe_tl.evaluation import Evaluation, evaluate_scores
+from lmprobe_tl.extraction import extract_rows
+from lmprobe_tl.hook_points import (
+    HookPoints,
+    layer_count,
+    load_model,
+    model_record,
+    normalization,
+    resolve_hook_points,
+    width,
+)
+from lmprobe_tl.inference import TokenOutputs, prompt_outputs, token_outputs
+from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
+from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, resolve_pooling
+from lmprobe_tl.probe_spec import PoolingRecord, ProbeSpec, TrainingRecord
+from lmprobe_tl.provenance import classifier_name, data_hash, package_versions
+from lmprobe_tl.tokens import (
+    Prompt,
+    Truncation,
+    bos_id,
+    check_prompts,
+    check_rows_count,
+    counted_lengths,
+    tokenize_prompts,
+    tokenizer_record,
+)
+from lmprobe_tl.weights import ProbeWeights
+
+
+class Probe(ClassifierMixin, BaseEstimator):
+    """A classifier on pooled activations of a language model, with scikit-learn's estimator contract.
+
+    model: a TransformerLens `TransformerBridge`, a model with the same hook surface, or a name or folder to load. It is
+    shared by clones, never copied.
+    hook_points: a layer, a hook name, a list of these (concatenated), or 'all'.
+    pooling: for training and inference; `train_pooling` and `inference_pooling` win over it. Training takes 'last_token',
+    'mean', 'first_token', 'eos', 'all' (each token an example) or a callable; inference takes these, 'max' and 'min' of
+    scores, every form with a 'score:' or 'activation:' prefix, and the streaming reductions, as 'score:ema_max(0.5)'.
+    classifier: 'logistic_regression', 'mass_mean', or any scikit-learn classifier; only one with a linear rule can be saved.
+    include_bos: let a leading BOS count where it does not ('mean', 'max', 'min', 'all', callables).
+    equal_prompt_weight: with train_pooling 'all', let every prompt weigh the same, not every token.
+    prepend_bos, max_length, truncation: how prompts become tokens; see `tokenize_prompts`.
+    name: key of the probe's scores when it runs live.
+
+    Learnt: `classes_` (with two, the second is positive), `classifier_`, `hook_names_`, `n_features_in_`, `weights_`, and
+    with train_pooling 'all' `groups_`, the prompt of each training example.
+
+    On models with LayerNorm the mean over d_model is taken off each activation, so that the direction sums to zero and
+    scores are the same whether the model's weights were centred or not.
+
+    >>> probe = Probe(model, hook_points=6).fit(prompts, labels)  # doctest: +SKIP
+    >>> probe.predict_proba(["Is this a test?"])  # doctest: +SKIP
+    array([[0.08, 0.92]])
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        hook_points: HookPoints = "all",
+        pooling: str | PoolingStrategy | None = "last_token",
+        *,
+        train_pooling: str | PoolingStrategy | None = None,
+        inference_pooling: str | PoolingStrategy | None = None,
+        classifier: Any = "logistic_regression",
+        include_bos: bool = False,
+        equal_prompt_weight: bool = False,
+        prepend_bos: bool | None = None,
+        max_length: int | None = None,
+        truncation: Truncation = None,
+        batch_size: int = 8,
+        progress: bool | None = None,
+        random_state: int | None = None,
+        name: str = "probe",
+    ) -> None:
+        self.model = model
+        self.hook_points = hook_points
+        self.pooling = pooling
+        self.train_pooling = train_pooling
+        self.inference_pooling = inference_pooling
+        self.classifier = classifier
+        self.include_bos = include_bos
+        self.equal_prompt_weight = equal_prompt_weight
+        self.prepend_bos = prepend_bos
+        self.max_length = max_length
+        self.truncation = truncation
+        self.batch_size = batch_size
+        self.progress = progress
+        self.random_state = random_state
+        self.name = name
+        train, inference = self._poolings()
+        if train != inference:
+            warnings.warn(
+                f"trained with pooling {pooling_name(train)!r}, used with {pooling_name(inference)!r}: the classifier "
+                "will see activations of another "
+                "kind than it learnt from. That is intended for token scores (as 'score:max'); evaluate "
+                "it on prompts of its own.",
+                PoolingMismatchWarning,
+                stacklevel=2,
+            )
+
+    def __sklearn_clone__(self) -> Probe:
+        """An unfitted copy with the same parameters, which shares the model."""
+        parameters = self.get_params(deep=False)
+        parameters["classifier"] = clone(self.classifier, safe=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PoolingMismatchWarning)  # the original warned already
+            return type(self)(**parameters)
+
+    def _poolings(self) -> tuple[str | PoolingStrategy, str | PoolingStrategy]:
+        return resolve_pooling(self.pooling, self.train_pooling, self.inference_pooling)
+
+    # --- training ---
+
+    def fit(self, prompts: Sequence[Prompt], labels: Any) -> Probe:
+        """Extract, pool and fit. labels: one int, bool or str a prompt; with train_pooling 'all' also one sequence a prompt
+        with a label for each token that counts.
+
+        Raises InputError for prompts or labels that cannot be used, before the model runs.
+        """
+        train, _ = self._poolings()
+        prompts = check_prompts(prompts)
+        per_token = are_token_labels(labels)
+        if per_token and train != "all":
+            raise InputError(
+                f"labels has one sequence a prompt, but train_pooling is {pooling_name(train)!r}; token labels need 'all'."
+            )
+        if not per_token:
+            labels = check_labels(labels, len(prompts))
+            check_classes(labels)
+        model = load_model(self.model)
+        names = resolve_hook_points(model, self.hook_points)
+        classifier = make_classifier(self.classifier, self.random_state)
+        rows = self._tokenize(model, prompts)
+        lengths = counted_lengths(rows, bos_id(model), self.include_bos)
+        if train == "all":
+            check_rows_count(lengths)
+            groups = np.repeat(np.arange(len(rows)), lengths)
+            y = np.concatenate(check_token_labels(labels, lengths)) if per_token else labels[groups]
+        else:
+            groups, y = None, labels
+        classes = check_classes(y)
+
+        activations = self._extract(model, rows, names, train)
+        features = activations.concatenated().numpy().astype(np.float64)
+        weight = (
+            1 / np.asarray(lengths, dtype=np.float64)[groups] if groups is not None and self.equal_prompt_weight else None
+        )
+        self.classifier_ = fit_classifier(classifier, features, y, groups=groups, sample_weight=weight)
+        self.model_, self.hook_names_, self.classes_ = model, names, classes
+        self.n_features_in_ = features.shape[1]
+        if groups is not None:
+            self.groups_ = groups
+        self.training_ = TrainingRecord(
+            data_sha256=data_hash(rows, y),
+            n_prompts=len(rows),
+            n_examples=len(y),
+            class_counts=tuple(int((y == one).sum()) for one in classes),
+            classifier=classifier_name(self.classifier),
+            random_state=self.random_state,
+        )
+        # Some rows of the training set, to prove on them that a linear rule says what the classifier says.
+        self._sample = features[np.linspace(0, len(features) - 1, min(len(features), 2048)).astype(int)]
+        self._weights: ProbeWeights | None = None
+        return self
+
+    def fit_contrast(self, positive: Sequence[Prompt], negative: Sequence[Prompt]) -> Probe:
+        """Fit on two lists of prompts; the classes are 0 (negative) and 1 (positive)."""
+        positive, negative = check_prompts(positive), check_prompts(negative)
+        return self.fit([*negative, *positive], [0] * len(negative) + [1] * len(positive))
+
+    def _tokenize(self, model: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+        return tokenize_prompts(
+            model, prompts, prepend_bos=self.prepend_bos, max_length=self.max_length, truncation=self.truncation
+        )
+
+    def _extract(self, model: Any, rows: list[list[int]], names: Sequence[str], pooling: str | PoolingStrategy) -> Any:
+        strategy = (
+            pooling
+            if callable(pooling) or pooling == "all"
+            else f"activation:{parse_pooling_strategy(pooling).base_strategy}"
+        )
+        return extract_rows(
+            model,
+            rows,
+            names,
+            strategy,
+            batch_size=self.batch_size,
+            include_bos=self.include_bos,
+            centre=normalization(model) == "layernorm",
+            progress=self.progress,
+        )
+
+    # --- inference ---
+
+    def _outputs(
+        self, prompts: Sequence[Prompt], inference: str | PoolingStrategy | None = None
+    ) -> TokenOutputs | tuple[np.ndarray, np.ndarray]:
+        """(logits, probabilities) of each prompt, or of each token with inference pooling 'all'; None takes the probe's
+        own."""
+        check_is_fitted(self, "classifier_")
+        rows = self._tokenize(self.model_, check_prompts(prompts))
+        inference = inference or self._poolings()[1]
+        settings: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "include_bos": self.include_bos,
+            "centre": normalization(self.model_) == "layernorm",
+            "progress": self.progress,
+        }
+        if inference == "all":
+            return token_outputs(self.model_, rows, self.hook_names_, self.classifier_, **settings)
+        return prompt_outputs(self.model_, rows, self.hook_names_, self.classifier_, inference, **settings)
+
+    def predict_proba(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """[n_prompts n_classes]; with inference pooling 'all' [n_prompts pos] of the positive class ([n_prompts pos
+        n_classes] with several), where column i is token i of the prompt (BOS not among them unless include_bos) and NaN
+        where there is none."""
+        outputs = self._outputs(prompts)
+        return outputs.padded(outputs.probabilities) if isinstance(outputs, TokenOutputs) else outputs[1]
+
+    def decision_function(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Logits: [n_prompts] for two classes, [n_prompts n_classes] else; [n_prompts pos ...] with inference pooling
+        'all'."""
+        outputs = self._outputs(prompts)
+        return outputs.padded(outputs.logits) if isinstance(outputs, TokenOutputs) else outputs[0]
+
+    def predict(self, prompts: Sequence[Prompt]) -> Any:
+        """The most probable class of each prompt; with inference pooling 'all' a list of one array of classes a prompt."""
+        outputs = self._outputs(prompts)
+        if isinstance(outputs, TokenOutputs):
+            return outputs.by_prompt(self.classes_[outputs.winners()])
+        return self.classes_[outputs[1].argmax(axis=1)]
+
+    def score(self, prompts: Sequence[Prompt], labels: Any, sample_weight: Any = None) -> float:
+        """Accuracy on prompts, or on tokens with inference pooling 'all'. sample_weight: one weight a prompt."""
+        truth, _, predicted, groups = self._judged(prompts, labels)
+        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)[groups]
+        return float(np.average(predicted == truth, weights=weight))
+
+    def evaluate(
+        self,
+        prompts: Sequence[Prompt],
+        labels: Any,
+        *,
+        fpr: float = 0.01,
+        n_bootstrap: int = 1000,
+        confidence: float = 0.95,
+        random_state: int | None = 0,
+    ) -> Evaluation:
+        """AUROC, accuracy and TPR at an FPR with bootstrap intervals over prompts, as a frozen record.
+
+        labels: one a prompt; or one sequence a prompt, which judges each token's own score whatever the inference pooling.
+        """
+        truth, scores, predicted, groups = self._judged(prompts, labels)
+        _, inference = self._poolings()
+        level = "token" if are_token_labels(labels) or inference == "all" else "prompt"
+        return evaluate_scores(
+            truth,
+            scores,
+            predicted,
+            groups,
+            level=level,
+            pooling="all" if level == "token" else pooling_name(inference),
+            fpr=fpr,
+            n_bootstrap=n_bootstrap,
+            confidence=confidence,
+            random_state=random_state,
+        )
+
+    def _judged(self, prompts: Sequence[Prompt], labels: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Truth, scores (probabilities), predicted classes and prompt index of each prompt or, with token labels or
+        inference pooling 'all', of each token."""
+        check_is_fitted(self, "classifier_")
+        prompts = check_prompts(prompts)
+        token_labels = are_token_labels(labels)
+        if not token_labels:
+            labels = check_labels(labels, len(prompts))
+        outputs = self._outputs(prompts, "all" if token_labels else None)
+        if isinstance(outputs, TokenOutputs):
+            groups = np.repeat(np.arange(len(prompts)), outputs.lengths)
+            truth = np.concatenate(check_token_labels(labels, outputs.lengths)) if token_labels else labels[groups]
+            probabilities = outputs.probabilities
+        else:
+            groups, truth, probabilities = np.arange(len(prompts)), labels, outputs[1]
+        unknown = set(np.unique(truth).tolist()) - set(self.classes_.tolist())
+        if unknown:
+            raise InputError(
+                f"labels holds {sorted(unknown, key=str)[0]!r}, but the probe knows only {self.classes_.tolist()}."
+            )
+        scores = probabilities[:, 1] if len(self.classes_) == 2 else probabilities
+        return truth, scores, self.classes_[probabilities.argmax(axis=1)], groups
+
+    # --- the artefact ---
+
+    @property
+    def weights_(self) -> ProbeWeights:
+        """The frozen artefact to save, share and attach. NonlinearClassifierError where no linear rule says what the
+        classifier says."""
+        return self.to_weights()
+
+    def to_weights(self) -> ProbeWeights:
+        """See `weights_`."""
+        check_is_fitted(self, "classifier_")
+        if self._weights is None:
+            self._weights = self._make_weights()
+        return self._weights
+
+    def _make_weights(self) -> ProbeWeights:
+        train, inference = self._poolings()
+        for side in (train, inference):
+            if callable(side):
+                raise InputError(
+                    f"pooling {pooling_name(side)!r} is a function, and a probe file holds no code; "
+                    "use a named pooling to save."
+                )
+        rule = linear_rule(self.classifier_, self._sample)
+        d_model, norm = width(self.model_), normalization(self.model_)
+        direction = torch.from_numpy(rule.direction)
+        if norm == "layernorm":
+            # w.(x - mean(x)) = (w - mean(w)).x, a hook point at a time
+            blocks = direction.reshape(direction.shape[0], len(self.hook_names_), d_model)
+            direction = (blocks - blocks.mean(dim=-1, keepdim=True)).reshape(direction.shape)
+        spec = ProbeSpec(
+            name=self.name,
+            hook_points=tuple(self.hook_names_),
+            d_model=d_model,
+            n_layers=layer_count(self.model_),
+            labels=tuple(self.classes_.tolist()),
+            model=model_record(self.model_),
+            tokenizer=tokenizer_record(self.model_, self.prepend_bos),
+            residual_basis="any" if norm == "layernorm" else "raw",
+            normalization=norm,
+            pooling=PoolingRecord(train=str(train), inference=str(inference), include_bos=self.include_bos),
+            training=self.training_,
+            versions=package_versions(),
+        )
+        return ProbeWeights(direction.float(), torch.from_numpy(rule.intercept).float(), spec)
+
+    def save(self, path: str | Path, *, evaluation: Evaluation | None = None) -> Path:
+        """Write the probe file, with the metrics of an evaluation if one is given; equal to `weights_.save(path)`."""
+        weights = self.to_weights()
+        return (weights if evaluation is None else weights.with_metrics(evaluation.records())).save(path)
+
+
+def pooling_name(pooling: str | PoolingStrategy) -> str:
+    """A strategy as given, or the name of a callable."""
+    return pooling if isinstance(pooling, str) else getattr(pooling, "__name__", type(pooling).__name__)

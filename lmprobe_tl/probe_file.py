@@ -1,0 +1,283 @@
+"""ProbeWeights <-> one .safetensors file. Nothing here ever unpickles; every file is checked as if it meant harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from lmprobe_tl.errors import InputError, ProbeFileError
+from lmprobe_tl.probe_spec import CONTROL_CHARACTERS, MetricRecord, ProbeSpec, ThresholdRecord, TrainingRecord, shown
+from lmprobe_tl.weights import ProbeWeights
+
+SUFFIX = ".safetensors"
+METADATA_KEY = "lmprobe_tl"
+FORMAT = "lmprobe_tl.probe"
+FORMAT_VERSION = 1
+MAX_FILE_BYTES = 256 * 2**20
+MAX_HEADER_BYTES = 2**20
+
+_LENGTH_BYTES = 8  # a safetensors file opens with its header's length, little-endian, and then the header's "{"
+_DAMAGED = "The file is damaged or was not written by lmprobe_tl; get it again from its source."
+_PICKLES_ARE_REFUSED = "Pickles can run code and are never loaded; ask its author to save the probe as .safetensors."
+_OTHER_FORMATS = {
+    b"PK\x03\x04": f"It is a zip archive, as torch.save (.pt) and numpy (.npz) write. {_PICKLES_ARE_REFUSED}",
+    b"version https://git-lfs": "It is a Git LFS pointer, not the file itself; run 'git lfs pull'.",
+} | {bytes([0x80, protocol]): f"It is a Python pickle. {_PICKLES_ARE_REFUSED}" for protocol in range(2, 6)}
+
+
+def save_probe(weights: ProbeWeights, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
+    """Write the probe as one .safetensors file, all or nothing, and return its path.
+
+    Equal probes give equal bytes. On any failure an older file at `path` stays as it was. A symlink is kept and its target
+    replaced; a replaced file's permissions are kept. InputError: another suffix. ProbeFileError: it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise InputError(f"path is {str(path)!r}; expected a name that ends in {SUFFIX}, such as 'my_probe{SUFFIX}'.")
+    try:
+        payload = _serialised(weights)
+        target = Path(os.path.realpath(path))
+        if not target.parent.is_dir():
+            raise ProbeFileError(f"the folder {str(target.parent)!r} does not exist; create it first.")
+        if not overwrite and target.exists():
+            raise ProbeFileError("the file exists already; choose another name or pass overwrite=True.")
+        _write_atomically(target, payload)
+    except ProbeFileError as error:
+        raise ProbeFileError(f"Cannot save probe {weights.name!r} to {str(path)!r}: {error}") from error
+    except OSError as error:
+        hint = "An older file there is unchanged; check the folder's free space and permissions."
+        raise ProbeFileError(f"Cannot save probe {weights.name!r} to {str(path)!r}: {error}. {hint}") from error
+    return path
+
+
+def load_probe(path: str | os.PathLike[str]) -> ProbeWeights:
+    """Read a probe file; needs no model. ProbeFileError says what is wrong with the file and what to do."""
+    path = Path(path)
+    try:
+        return _load(path)
+    except FileNotFoundError as error:
+        raise ProbeFileError(f"Cannot load probe {str(path)!r}: there is no such file; check the path.") from error
+    except RecursionError as error:
+        raise ProbeFileError(f"Cannot load probe {str(path)!r}: its JSON is nested too deeply. {_DAMAGED}") from error
+    except (OSError, ProbeFileError) as error:
+        raise ProbeFileError(f"Cannot load probe {str(path)!r}: {error}") from error
+
+
+def probe_summary(weights: ProbeWeights) -> dict[str, str]:
+    """What a reader wants to know about a probe, row by row, safe to print."""
+    spec = weights.spec
+    rows = {
+        "name": spec.name,
+        "description": spec.description or "none",
+        "labels": _labels_text(spec),
+        "hook points": ", ".join(spec.hook_points),
+        "d_model": str(spec.d_model),
+        "model": _facts(spec.model.to_dict() | {"layers": spec.n_layers}),
+        "tokenizer": _facts(spec.tokenizer.to_dict()),
+        "residual basis": f"{spec.residual_basis} (normalization: {spec.normalization})",
+        "pooling": _facts(spec.pooling.to_dict()),
+        "threshold": _threshold_text(spec.threshold),
+        "training": _training_text(spec.training),
+        **{f"metric {name}": _metric_text(metric) for name, metric in spec.metrics.items()},
+        "versions": ", ".join(f"{library} {version}" for library, version in spec.versions.items()) or "not recorded",
+        "licence": spec.licence or "not stated",
+        "size": f"{weights.direction.numel() + weights.intercept.numel()} float32 numbers",
+    }
+    return {_printable(key): _printable(text) for key, text in rows.items()}
+
+
+def _serialised(weights: ProbeWeights) -> bytes:
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, "spec": weights.spec.to_dict()}
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    tensors = {"probe.direction": weights.direction, "probe.intercept": weights.intercept}
+    payload = safetensors.torch.save(tensors, {METADATA_KEY: text})
+    header_bytes = int.from_bytes(payload[:_LENGTH_BYTES], "little")
+    if header_bytes > MAX_HEADER_BYTES or len(payload) > MAX_FILE_BYTES:
+        raise ProbeFileError(
+            f"it would take {len(payload)} bytes, {header_bytes} of them for the header; the limits are {MAX_FILE_BYTES} "
+            f"and {MAX_HEADER_BYTES}. Shorten the description or the metrics, or read fewer hook points."
+        )
+    return payload
+
+
+def _write_atomically(target: Path, payload: bytes) -> None:
+    temporary = target.with_name(f".{secrets.token_hex(8)}.lmprobe_tl.tmp")  # same folder: os.replace cannot cross disks
+    try:
+        with open(temporary, "xb") as file:  # not mkstemp, whose 0600 would lock out the people a probe is shared with
+            if target.exists():
+                shutil.copymode(target, temporary)
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:  # KeyboardInterrupt too
+        with suppress(OSError):  # the first error is the one to report
+            temporary.unlink()
+        raise
+
+
+def _load(path: Path) -> ProbeWeights:
+    if path.is_dir():
+        raise ProbeFileError(f"it is a folder; give the path of the {SUFFIX} file inside.")
+    if path.exists() and not path.is_file():
+        raise ProbeFileError("it is a device or a pipe, not a regular file.")
+    with open(path, "rb") as file:
+        header = _read_header(file)
+        spec = _read_spec(header)
+        numbers = _check_tensors(header, spec)
+        expected_bytes = file.tell() + 4 * numbers
+        if expected_bytes > MAX_FILE_BYTES:
+            raise ProbeFileError(f"it announces {expected_bytes} bytes; the limit is {MAX_FILE_BYTES}. {_DAMAGED}")
+        file.seek(0)
+        payload = file.read(expected_bytes + 1)
+    if len(payload) != expected_bytes:
+        found = f"only {len(payload)}" if len(payload) < expected_bytes else "more"
+        raise ProbeFileError(f"it announces {expected_bytes} bytes but has {found}. {_DAMAGED}")
+    try:
+        tensors = safetensors.torch.load(payload)
+        return ProbeWeights(tensors["probe.direction"], tensors["probe.intercept"], spec)
+    except (SafetensorError, InputError) as error:
+        raise ProbeFileError(f"{str(error).rstrip('.')}. {_DAMAGED}") from error
+
+
+def _read_header(file: BinaryIO) -> dict[str, Any]:
+    """The safetensors header; the file then stands at the first byte of the tensors."""
+    start = file.read(32)
+    n_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if start[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{" or n_bytes > MAX_HEADER_BYTES:
+        # only here: 0x80 0x03 opens a pickle, but also a header of 896 bytes
+        for magic, message in _OTHER_FORMATS.items():
+            if start.startswith(magic):
+                raise ProbeFileError(message)
+    if len(start) < _LENGTH_BYTES + 2:
+        raise ProbeFileError(f"it has only {len(start)} bytes, too few for a safetensors file. {_DAMAGED}")
+    if start[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{":
+        raise ProbeFileError(f"it is not a safetensors file: it starts with {start!r}. Give a file saved with .save().")
+    if n_bytes > MAX_HEADER_BYTES:
+        raise ProbeFileError(f"its header has {n_bytes} bytes; a probe's has at most {MAX_HEADER_BYTES}. {_DAMAGED}")
+    file.seek(_LENGTH_BYTES)
+    text = file.read(n_bytes)
+    if len(text) < n_bytes:
+        raise ProbeFileError(f"it is truncated: its header should have {n_bytes} bytes and has {len(text)}. {_DAMAGED}")
+    return _parsed(text, "header")
+
+
+def _read_spec(header: dict[str, Any]) -> ProbeSpec:
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or METADATA_KEY not in metadata:
+        tensors = [name for name in header if name != "__metadata__"]
+        raise ProbeFileError(
+            f"it is a safetensors file but not a probe: its metadata has no key {METADATA_KEY!r}, "
+            f"and its {len(tensors)} tensors are {shown(tensors[:3])}. Give a file saved by lmprobe_tl."
+        )
+    if len(metadata) > 1 or not isinstance(metadata[METADATA_KEY], str):
+        raise ProbeFileError(f"its metadata is {shown(metadata)}; expected one key, {METADATA_KEY!r}, with text. {_DAMAGED}")
+    document = _parsed(metadata[METADATA_KEY], f"metadata {METADATA_KEY!r}")
+    _check_format(document)
+    try:
+        return ProbeSpec.from_dict(document["spec"])
+    except ProbeFileError as error:
+        raise ProbeFileError(f"{error} {_DAMAGED}") from error
+
+
+def _check_format(document: dict[str, Any]) -> None:
+    if document.get("format") != FORMAT:
+        raise ProbeFileError(f"its format is {shown(document.get('format'))}; expected {FORMAT!r}. {_DAMAGED}")
+    version = document.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise ProbeFileError(
+            f"it was written by a newer lmprobe_tl (format version {shown(version)}, this one reads {FORMAT_VERSION}): "
+            "upgrade with 'pip install --upgrade lmprobe_tl'."
+        )
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ProbeFileError(f"its format_version is {shown(version)}; expected {FORMAT_VERSION}. {_DAMAGED}")
+    if set(document) != {"format", "format_version", "spec"}:
+        raise ProbeFileError(f"its keys are {shown(sorted(document))}; expected format, format_version, spec. {_DAMAGED}")
+
+
+def _check_tensors(header: dict[str, Any], spec: ProbeSpec) -> int:
+    """Check names, dtypes and shapes against the spec, before any number is read. Returns the count of numbers."""
+    width = len(spec.hook_points) * spec.d_model
+    expected = {"probe.direction": [spec.n_outputs, width], "probe.intercept": [spec.n_outputs]}
+    found = set(header) - {"__metadata__"}
+    if found != set(expected):
+        missing, extra = sorted(set(expected) - found), sorted(found - set(expected))
+        raise ProbeFileError(f"tensors missing: {shown(missing)}, tensors too many: {shown(extra)}. {_DAMAGED}")
+    for name, shape in expected.items():
+        entry = header[name] if isinstance(header[name], dict) else {}
+        if entry.get("dtype") != "F32":
+            raise ProbeFileError(f"tensor {name!r} has dtype {shown(entry.get('dtype'))}; expected 'F32'. {_DAMAGED}")
+        if entry.get("shape") != shape:
+            raise ProbeFileError(
+                f"tensor {name!r} has shape {shown(entry.get('shape'))}; expected {shape}, from {spec.n_classes} labels, "
+                f"{len(spec.hook_points)} hook points and d_model {spec.d_model}. {_DAMAGED}"
+            )
+    return spec.n_outputs * (width + 1)
+
+
+def _parsed(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object, without the liberties that Python takes: no NaN or Infinity, no key twice."""
+    try:
+        document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except ProbeFileError as error:
+        raise ProbeFileError(f"its {what} {error} {_DAMAGED}") from error
+    except ValueError as error:  # broken JSON, broken UTF-8, or an integer too long to convert
+        raise ProbeFileError(f"its {what} is not valid JSON ({error}). {_DAMAGED}") from error
+    if not isinstance(document, dict):
+        raise ProbeFileError(f"its {what} is {shown(document)}; expected a JSON object. {_DAMAGED}")
+    return document
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ProbeFileError(f"has the key {shown(key)} twice.")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ProbeFileError(f"holds {constant}; expected finite numbers only.")
+
+
+def _printable(text: str) -> str:
+    """Control characters spelled out, so that a file cannot send commands to the reader's terminal."""
+    return CONTROL_CHARACTERS.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def _facts(values: Mapping[str, Any]) -> str:
+    known = [f"{key.replace('_', ' ')} {value}" for key, value in values.items() if value is not None]
+    return ", ".join(known) or "not recorded"
+
+
+def _labels_text(spec: ProbeSpec) -> str:
+    if spec.n_classes == 2:
+        return f"{spec.labels[1]!r} (positive), {spec.labels[0]!r} (negative)"
+    return ", ".join(repr(label) for label in spec.labels)
+
+
+def _threshold_text(threshold: ThresholdRecord | None) -> str:
+    if threshold is None:
+        return "none"
+    origin = {"method": threshold.method, "fpr": threshold.fpr, "delta": threshold.delta, "n": threshold.n}
+    return f"{threshold.unit} >= {threshold.value:g} ({_facts(origin)})"
+
+
+def _training_text(training: TrainingRecord | None) -> str:
+    return "not recorded" if training is None else _facts(training.to_dict())
+
+
+def _metric_text(metric: MetricRecord) -> str:
+    if metric.confidence is None:
+        return f"{metric.value:.4g} (n {metric.n})"
+    return f"{metric.value:.4g} [{metric.low:.4g}, {metric.high:.4g}] ({metric.confidence:.4g} confidence, n {metric.n})"

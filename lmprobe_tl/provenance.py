@@ -1,0 +1,34 @@
+"""Where a probe comes from: what its file says of data, classifier and software."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+_PACKAGES = ("lmprobe-tl", "torch", "transformer-lens", "scikit-learn")
+
+
+def data_hash(rows: list[list[int]], labels: np.ndarray) -> str:
+    """SHA-256 of the token ids of each prompt and of the labels, in order."""
+    return hashlib.sha256(json.dumps([rows, labels.tolist()]).encode()).hexdigest()
+
+
+def classifier_name(classifier: Any) -> str:
+    """The name as given, or a classifier's repr on one line."""
+    return classifier if isinstance(classifier, str) else " ".join(repr(classifier).split())
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape a probe's numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

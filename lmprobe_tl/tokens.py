@@ -1,0 +1,272 @@
+"""Prompts to batches of token ids, with attention masks made from lengths and never from token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from lmprobe_tl.errors import EmptyMaskError, InputError, PromptTooLongError
+from lmprobe_tl.hook_points import context_length, vocabulary_size
+from lmprobe_tl.probe_spec import TokenizerRecord
+
+Chat: TypeAlias = Sequence[Mapping[str, Any]]
+Prompt: TypeAlias = "str | Chat | Tensor | np.ndarray"
+Truncation: TypeAlias = Literal["left", "right"] | None
+
+_NAMED_ROWS = 8
+
+
+def check_prompts(prompts: Any) -> list[Prompt]:
+    """The prompts as a list. One string, one chat, an empty list or another type is an InputError that says what was
+    expected."""
+    expected = "expected a list of prompts, each a string, a chat (list of role/content dicts) or a 1-D tensor of token ids"
+    if isinstance(prompts, str):
+        raise InputError(
+            f"prompts is one string ({prompts[:40]!r}), not a list; {expected}. Write [prompt] for a single one."
+        )
+    if isinstance(prompts, (Mapping, set, frozenset)) or not hasattr(prompts, "__iter__"):
+        raise InputError(f"prompts is a {type(prompts).__name__}; {expected}.")
+    if getattr(prompts, "ndim", 1) != 1:
+        raise InputError(
+            f"prompts is one array of shape {tuple(prompts.shape)}; {expected}. Its rows may hold pads, which look "
+            "like any other token: give a list of rows without them."
+        )
+    if isinstance(prompts, (Tensor, np.ndarray)) and prompts.dtype != object and not _is_text(prompts):
+        raise InputError(f"prompts is one 1-D array; {expected}. Write [tokens] for a single one.")
+    listed = list(prompts)
+    if not listed:
+        raise InputError(f"prompts is empty; {expected}.")
+    for index, prompt in enumerate(listed):
+        if isinstance(prompt, Mapping):
+            raise InputError(
+                f"prompts[{index}] is a single chat message; a chat is a list of messages: write [[message, ...], ...]."
+            )
+        if not isinstance(prompt, str) and not _is_chat(prompt) and not _is_token_array(prompt):
+            raise InputError(f"prompts[{index}] is {_shown(prompt)}; {expected}.")
+    return listed
+
+
+def _is_text(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.dtype.kind in "UT"
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and len(prompt) > 0 and all(_is_message(message) for message in prompt)
+
+
+def _is_message(message: Any) -> bool:
+    # A template prints a missing role or content as nothing, and None as 'None'.
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    return message.get("content") is not None or "tool_calls" in message
+
+
+def _is_token_array(prompt: Any) -> bool:
+    if isinstance(prompt, Tensor):
+        return prompt.ndim == 1 and not prompt.is_floating_point() and prompt.dtype != torch.bool
+    return isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind in "iu"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"a {type(value).__name__}, {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def tokenize_prompts(
+    model: Any,
+    prompts: Sequence[Prompt],
+    *,
+    prepend_bos: bool | None = None,
+    max_length: int | None = None,
+    truncation: Truncation = None,
+    add_generation_prompt: bool = False,
+) -> list[list[int]]:
+    """Token ids of each prompt, in input order.
+
+    prepend_bos: None takes the model's own habit (`model.cfg.default_prepend_bos`). A chat goes through the tokenizer's
+    template, which brings its own BOS; text or tokens that begin with BOS get no second one; token arrays are taken as they
+    are.
+    max_length: at most the model's context, and that by default. A longer prompt is a PromptTooLongError naming the rows, or
+    loses tokens on the side that `truncation` names ('left' keeps a leading BOS).
+    """
+    if truncation not in (None, "left", "right"):
+        raise InputError(f"truncation is {truncation!r}; expected None (an error for long prompts), 'left' or 'right'.")
+    prepend = use_bos(model, prepend_bos)
+    rows = [
+        _token_ids(model, prompt, prepend, add_generation_prompt, f"prompts[{index}]")
+        for index, prompt in enumerate(check_prompts(prompts))
+    ]
+    _check_vocabulary(model, rows)
+    limit = _length_limit(model, max_length)
+    too_long = [index for index, row in enumerate(rows) if limit is not None and len(row) > limit]
+    if not too_long or limit is None:
+        return rows
+    if truncation is None:
+        lengths = ", ".join(f"prompt {index} ({len(rows[index])} tokens)" for index in too_long[:_NAMED_ROWS])
+        more = f" and {len(too_long) - _NAMED_ROWS} more" if len(too_long) > _NAMED_ROWS else ""
+        raise PromptTooLongError(
+            f"longer than the {limit} tokens allowed: {lengths}{more}. Shorten them, or pass truncation='left' or 'right'.",
+            too_long,
+        )
+    return [_truncate(row, limit, truncation, bos_id(model)) for row in rows]
+
+
+def use_bos(model: Any, prepend_bos: bool | None) -> bool:
+    """Whether text gets a leading BOS: as asked, else as the model's config says."""
+    if prepend_bos is None:
+        return bool(getattr(model.cfg, "default_prepend_bos", False)) and bos_id(model) is not None
+    if prepend_bos and bos_id(model) is None:
+        raise InputError("prepend_bos=True, but this model's tokenizer has no BOS token; pass prepend_bos=False or None.")
+    return bool(prepend_bos)
+
+
+def bos_id(model: Any) -> int | None:
+    """Token id of BOS, None for a model without a tokenizer or a tokenizer without BOS."""
+    return getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+
+
+def pad_id(model: Any) -> int:
+    """A token id to pad with; any valid one will do, since the mask alone decides."""
+    tokenizer, size = getattr(model, "tokenizer", None), vocabulary_size(model)
+    for found in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        # A pad token that was added to the tokenizer alone has no embedding.
+        if found is not None and (size is None or found < size):
+            return int(found)
+    return 0
+
+
+def _length_limit(model: Any, max_length: int | None) -> int | None:
+    context = context_length(model)
+    if max_length is None:
+        return context
+    whole = isinstance(max_length, int) and not isinstance(max_length, bool)
+    if not whole or max_length < 1 or (context is not None and max_length > context):
+        upper = "any number" if context is None else f"{context} (the model's context)"
+        raise InputError(f"max_length is {max_length!r}; expected an integer from 1 to {upper}.")
+    return max_length
+
+
+def _check_vocabulary(model: Any, rows: Sequence[Sequence[int]]) -> None:
+    size = vocabulary_size(model)
+    for index, row in enumerate(rows):
+        wrong = [token for token in row if token < 0 or (size is not None and token >= size)]
+        if wrong:
+            upper = "" if size is None else f" to {size - 1}"
+            raise InputError(
+                f"prompts[{index}] holds token id {wrong[0]}, but this model's ids go from 0{upper}; use its own tokenizer."
+            )
+
+
+def _token_ids(model: Any, prompt: Prompt, prepend: bool, add_generation_prompt: bool, name: str) -> list[int]:
+    if isinstance(prompt, (Tensor, np.ndarray)):
+        return [int(token) for token in prompt.tolist()]
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError("this model has no tokenizer, so text cannot be its prompt; pass 1-D tensors of token ids.")
+    if isinstance(prompt, str):
+        ids = _encode(tokenizer, prompt)
+        if prompt.strip() and not ids:
+            raise InputError(
+                f"{name} ({prompt[:40]!r}) turns into no token at all: the model's {type(tokenizer).__name__} is empty or "
+                "damaged. Load the model with its own tokenizer files."
+            )
+        return [tokenizer.bos_token_id, *ids] if prepend and ids[:1] != [tokenizer.bos_token_id] else ids
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError("a chat was given, but this model's tokenizer has no chat template; pass strings instead.")
+    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=add_generation_prompt)
+    return _encode(tokenizer, text)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    # verbose=False: the length is checked here, against the model's own context.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _truncate(row: list[int], limit: int, side: str, bos: int | None) -> list[int]:
+    if len(row) <= limit:
+        return row
+    if side == "right":
+        return row[:limit]
+    if bos is not None and row[0] == bos and limit > 1:
+        return [bos, *row[len(row) - limit + 1 :]]
+    return row[len(row) - limit :]
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], *, pad_token_id: int, side: str = "right", device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids [batch pos] (int64) and attention mask [batch pos] (int64, 1 = a real token) of rows padded on one side."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)
+    for index, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+        tokens[index, at] = torch.tensor(row, dtype=torch.long)
+    lengths = rearrange(torch.tensor([len(row) for row in rows]), "batch -> batch 1")
+    columns = rearrange(torch.arange(longest), "pos -> 1 pos")
+    mask = (columns < lengths if side == "right" else columns >= longest - lengths).long()
+    return tokens.to(device), mask.to(device)
+
+
+def without_bos(tokens: Tensor, attention_mask: Tensor, bos_token_id: int | None) -> Tensor:
+    """The mask [batch pos] as bool, without a row's first real token where that one is BOS.
+
+    Later tokens with the same id stay: GPT-2's BOS is also its end-of-text.
+    """
+    real = attention_mask.bool()
+    if bos_token_id is None or real.shape[1] == 0:
+        return real
+    first_real = real & (real.long().cumsum(dim=1) == 1)
+    return real & ~(first_real & (tokens == bos_token_id))
+
+
+def counted_lengths(rows: Sequence[Sequence[int]], bos_token_id: int | None, include_bos: bool) -> list[int]:
+    """How many tokens of each row count: all, less a leading BOS unless it is included."""
+    return [len(row) - (not include_bos and row[:1] == [bos_token_id]) for row in map(list, rows)]
+
+
+def check_rows_count(lengths: Sequence[int]) -> None:
+    """Raise EmptyMaskError naming the prompts without a single token that counts."""
+    empty = [index for index, length in enumerate(lengths) if length == 0]
+    if empty:
+        named = ", ".join(str(index) for index in empty[:_NAMED_ROWS]) + (" ..." if len(empty) > _NAMED_ROWS else "")
+        raise EmptyMaskError(
+            f"no token counts in prompt {named}; every prompt needs at least one token beside BOS (an "
+            "empty string has none).",
+            empty,
+        )
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, *, sort: bool = True) -> Iterator[list[int]]:
+    """Indices of the rows in batches, longest first, so that rows of a batch need little padding and the largest comes
+    first."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}; expected an integer of at least 1.")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index]) if sort else list(range(len(lengths)))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def tokenizer_record(model: Any, prepend_bos: bool | None) -> TokenizerRecord:
+    """What a probe file keeps of the tokenizer: a fingerprint of its vocabulary, whether BOS is prepended, the chat
+    template's."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        return TokenizerRecord(fingerprint=None, prepend_bos=False, chat_template_fingerprint=None)
+    template = getattr(tokenizer, "chat_template", None)
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
+    return TokenizerRecord(
+        fingerprint=_fingerprint(vocabulary),
+        prepend_bos=use_bos(model, prepend_bos),
+        chat_template_fingerprint=_fingerprint(json.dumps(template, sort_keys=True)) if template else None,
+    )
+
+
+def _fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,256 @@
+"""The frozen probe: a direction, an intercept and a spec. It scores activations and needs torch alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from lmprobe_tl.errors import IncompatibleProbeError, InputError
+from lmprobe_tl.pooling import parse_pooling_strategy
+from lmprobe_tl.probe_spec import Label, MetricRecord, ProbeSpec, ThresholdRecord, ThresholdUnit, shown
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+SUM_TOLERANCE = 1e-4  # of a block's L1 norm: far above float32 rounding, far below any direction that was never centred
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ProbeWeights:
+    """A linear probe: `logits = activations @ direction.T + intercept`.
+
+    direction: [n_outputs, n_hook_points*d_model] and intercept: [n_outputs], both kept as float32 copies on the CPU; treat
+    them as read-only. n_outputs is 1 for a binary probe (the logit of the positive class, `spec.labels[1]`), else n_classes.
+
+    `spec.residual_basis` says which residual stream the direction fits. Models with LayerNorm ignore the mean of the stream,
+    so a model whose writing weights were centred carries `x - mean(x)` where the original carries `x`:
+
+    - 'raw': fits x, as the original model computes it.
+    - 'centered': fits x - mean(x).
+    - 'any': each d_model block of the direction sums to zero, so both streams get the same score.
+
+    InputError: a wrong shape, a value that is not finite, or a direction that claims 'any' and does not sum to zero.
+    """
+
+    direction: Tensor
+    intercept: Tensor
+    spec: ProbeSpec
+    _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        n_outputs, width = self.spec.n_outputs, len(self.hook_points) * self.d_model
+        for what, shape in (("direction", (n_outputs, width)), ("intercept", (n_outputs,))):
+            object.__setattr__(self, what, _own_copy(getattr(self, what), shape, f"Probe {self.name!r}: {what}"))
+        if self.spec.residual_basis == "any":
+            _check_zero_sums(self)
+
+    @classmethod
+    def from_direction(
+        cls,
+        direction: Tensor | ArrayLike,
+        intercept: Tensor | ArrayLike = 0.0,
+        *,
+        name: str,
+        hook_points: str | Sequence[str],
+        labels: Sequence[Label] = (0, 1),
+        **spec_fields: Any,
+    ) -> ProbeWeights:
+        """A probe from a direction of your own.
+
+        direction: [n_hook_points*d_model], or [n_outputs, n_hook_points*d_model]; intercept: one number, or [n_outputs].
+        spec_fields: any other field of `ProbeSpec`, such as `residual_basis` or `description`; d_model is worked out.
+
+            ProbeWeights.from_direction(positive_mean - negative_mean, name="deceit", hook_points="blocks.6.hook_resid_post")
+        """
+        hooks = (hook_points,) if isinstance(hook_points, str) else tuple(hook_points)
+        rows = torch.atleast_2d(_as_tensor(direction))
+        d_model, rest = divmod(rows.shape[-1], max(len(hooks), 1))
+        if rest:
+            raise InputError(f"direction has {rows.shape[-1]} columns; expected a multiple of its {len(hooks)} hook points.")
+        spec = ProbeSpec(name=name, hook_points=hooks, d_model=d_model, labels=tuple(labels), **spec_fields)
+        offsets = _as_tensor(intercept)
+        return cls(rows, offsets.expand(spec.n_outputs) if offsets.ndim == 0 else offsets, spec)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        return self.spec.hook_points
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        return self.spec.labels
+
+    @property
+    def d_model(self) -> int:
+        return self.spec.d_model
+
+    @property
+    def n_classes(self) -> int:
+        return self.spec.n_classes
+
+    @property
+    def is_binary(self) -> bool:
+        return self.spec.n_classes == 2
+
+    @property
+    def threshold(self) -> ThresholdRecord | None:
+        return self.spec.threshold
+
+    def __repr__(self) -> str:
+        limit = "none" if self.threshold is None else f"{self.threshold.unit} >= {self.threshold.value:g}"
+        return f"ProbeWeights({self.name!r}, hook_points={self.hook_points}, labels={self.labels}, threshold={limit})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ProbeWeights, (self.direction, self.intercept, self.spec)  # without the copies on other devices
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        """The same as `logits`."""
+        return self.logits(activations)
+
+    def logits(self, activations: Tensor) -> Tensor:
+        """Scores before the sigmoid or softmax, in float32 on the activations' device.
+
+        activations: [..., n_hook_points*d_model], any float dtype and device; several hook points concatenated in the order
+        of `hook_points`. Returns [...] for a binary probe, else [..., n_classes]. IncompatibleProbeError: another width.
+        """
+        self._check_activations(activations)
+        direction, intercept = self._weights_on(activations.device)
+        with _without_autocast(activations.device):
+            logits = torch.nn.functional.linear(activations.float(), direction, intercept)
+        return rearrange(logits, "... 1 -> ...") if self.is_binary else logits
+
+    def probabilities(self, activations: Tensor) -> Tensor:
+        """Probability of the positive class [...] for a binary probe, else of each class [..., n_classes]; float32."""
+        logits = self.logits(activations)
+        return torch.sigmoid(logits) if self.is_binary else torch.softmax(logits, dim=-1)
+
+    def direction_at(self, hook_name: str) -> Tensor:
+        """The block of the direction [n_outputs, d_model] that reads this hook point."""
+        if hook_name not in self.hook_points:
+            raise InputError(f"Probe {self.name!r} does not read {hook_name!r}; it reads {', '.join(self.hook_points)}.")
+        start = self.hook_points.index(hook_name) * self.d_model
+        return self.direction[:, start : start + self.d_model]
+
+    def to_raw_basis(self) -> ProbeWeights:
+        """The same probe for the raw residual stream x.
+
+        A 'centered' probe reads x - mean(x), which is what a LayerNorm model with centred writing weights carries. Since
+        w.(x - mean(x)) = (w - mean(w)).x, subtracting the mean of each block moves it to raw exactly; the block then sums to
+        zero, so the result is 'any' and still scores x - mean(x) the same. A 'raw' or 'any' probe is returned as it is.
+        """
+        if self.spec.residual_basis != "centered":
+            return self
+        blocks = self._blocks()
+        centred = blocks - blocks.mean(dim=-1, keepdim=True)
+        direction = rearrange(centred, "n_outputs hook d_model -> n_outputs (hook d_model)")
+        return replace(self, direction=direction, spec=replace(self.spec, residual_basis="any"))
+
+    def with_threshold(
+        self,
+        value: float,
+        unit: ThresholdUnit = "probability",
+        method: str = "manual",
+        fpr: float | None = None,
+        delta: float | None = None,
+        n: int | None = None,
+    ) -> ProbeWeights:
+        """A copy that flags when `score >= value`; the other arguments record how the value was found."""
+        threshold = ThresholdRecord(value=value, unit=unit, method=method, fpr=fpr, delta=delta, n=n)
+        return replace(self, spec=replace(self.spec, threshold=threshold))
+
+    def with_inference_pooling(self, strategy: str) -> ProbeWeights:
+        """A copy that pools by another strategy, such as 'score:max'. It has no threshold and no metrics: both were of the old
+        score."""
+        parse_pooling_strategy(strategy)
+        pooling = replace(self.spec.pooling, inference=strategy)
+        return replace(self, spec=replace(self.spec, pooling=pooling, threshold=None, metrics={}))
+
+    def with_metrics(self, metrics: Mapping[str, MetricRecord]) -> ProbeWeights:
+        """A copy that carries these metrics and no others."""
+        return replace(self, spec=replace(self.spec, metrics=metrics))
+
+    def renamed(self, name: str) -> ProbeWeights:
+        """A copy under another name, which is the key of its scores."""
+        return replace(self, spec=replace(self.spec, name=name))
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = True) -> Path:
+        """Write one .safetensors file, which `load_probe` reads back; see `probe_file.save_probe`."""
+        from lmprobe_tl.probe_file import save_probe  # that file imports this one
+
+        return save_probe(self, path, overwrite=overwrite)
+
+    def _blocks(self) -> Tensor:
+        """The direction by hook point, [n_outputs, hook, d_model]; float64, whose sums do not round."""
+        return rearrange(self.direction.double(), "n_outputs (hook d_model) -> n_outputs hook d_model", d_model=self.d_model)
+
+    def _weights_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device == self.direction.device:
+            return self.direction, self.intercept
+        if device not in self._moved:
+            with torch.inference_mode(False):  # a copy made inside inference mode could never take part in a backward pass
+                self._moved[device] = (self.direction.to(device), self.intercept.to(device))
+        return self._moved[device]
+
+    def _check_activations(self, activations: Tensor) -> None:
+        if not isinstance(activations, Tensor) or not activations.is_floating_point():
+            kind = activations.dtype if isinstance(activations, Tensor) else type(activations).__name__
+            raise InputError(f"Probe {self.name!r}: activations are {kind}; expected a tensor of a float dtype.")
+        width = self.direction.shape[1]
+        if activations.shape[-1:] != (width,):
+            what = f"d_model {self.d_model} at {self.hook_points[0]}"
+            if len(self.hook_points) > 1:
+                parts = ", ".join(self.hook_points)
+                what = f"{len(self.hook_points)} x d_model {self.d_model}, concatenated in this order: {parts}"
+            raise IncompatibleProbeError(
+                f"Probe {self.name!r}: activations have shape {list(activations.shape)}; expected [..., {width}] ({what})."
+            )
+
+
+def _as_tensor(values: Any) -> Tensor:
+    # float32 said aloud: the default dtype may be a narrower one
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float32)
+
+
+def _own_copy(values: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    """A float32 copy on the CPU that shares nothing with the caller's tensor and its graph."""
+    if not isinstance(values, Tensor) or values.is_complex():
+        raise InputError(f"{what} is {shown(values)}; expected a tensor of real numbers.")
+    if values.shape != shape:
+        raise InputError(f"{what} has shape {list(values.shape)}; expected {list(shape)} (outputs, hook points x d_model).")
+    with torch.inference_mode(False):
+        copy = values.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
+    if not copy.isfinite().all():
+        first = (~copy.isfinite()).nonzero()[0].tolist()
+        raise InputError(f"{what} is {copy[tuple(first)].item()} at {first}; expected numbers that are finite in float32.")
+    return copy
+
+
+def _check_zero_sums(weights: ProbeWeights) -> None:
+    blocks = weights._blocks()
+    sums, sizes = blocks.sum(dim=-1), blocks.abs().sum(dim=-1)
+    too_far = sums.abs() > SUM_TOLERANCE * sizes
+    if too_far.any():
+        output, hook = too_far.nonzero()[0].tolist()
+        raise InputError(
+            f"Probe {weights.name!r} says residual_basis 'any', but its direction at {weights.hook_points[hook]} sums to "
+            f"{sums[output, hook].item():g} (absolute values: {sizes[output, hook].item():g}); expected 0. "
+            "Subtract the mean of the block before fitting the intercept, or say residual_basis='raw'."
+        )
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    # inside torch.autocast the product would silently be computed in bfloat16
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,160 @@
+"""The structure of the package: which file may import which, what importing it costs, and which names are public."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lmprobe_tl
+
+PACKAGE = Path(lmprobe_tl.__file__).parent
+
+FLOORS = {
+    0: {"errors", "types"},
+    1: {"masks", "pooling", "reductions", "online"},
+    2: {"probe_spec", "weights", "probe_file", "labels", "metrics", "provenance"}
+    | {"estimators", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"},
+    3: {"hook_points", "tokens", "extraction", "scoring_plan", "live_run", "live_events"},
+    4: {"inference", "evaluation", "probe", "monitor", "generation", "scoring"},
+    5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
+    6: {"cli", "colours", "records", "report", "terminal", "token_text"},
+}
+FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
+SKINS = {"cli", "report", "terminal"}
+
+# Third-party packages that only these modules may import, at any depth of the file.
+ONLY_IN = {
+    "sklearn": {
+        "estimators",
+        "estimators.fitting",
+        "estimators.linear_rule",
+        "estimators.mass_mean",
+        "metrics",
+        "probe",
+        "cli",
+    },
+    "transformer_lens": {"hook_points"},
+    "transformers": {"monitor", "demo.train_model", "cli"},
+    "typer": {"cli"},
+    "rich": {"cli", "terminal"},
+}
+
+
+def module_names() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    del found["__init__"]
+    return found
+
+
+def imports_of(source: str, *, at_load: bool = False) -> set[str]:
+    """Every module that a source imports, inside functions too unless `at_load`; `from a import b` is `a` and `a.b`."""
+    found: set[str] = set()
+    tree = ast.parse(source)
+    for node in tree.body if at_load else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def wrong_imports(module: str, source: str) -> list[str]:
+    """Imports of `module` that the floors forbid."""
+    wrong = []
+    for imported in imports_of(source):
+        inner = imported.removeprefix("lmprobe_tl.")
+        if inner in FLOOR_OF and imported != inner and inner != module:
+            if FLOOR_OF[inner] > FLOOR_OF[module]:
+                wrong.append(f"{module} (floor {FLOOR_OF[module]}) imports {inner} (floor {FLOOR_OF[inner]})")
+            if inner in SKINS and module != "cli":
+                wrong.append(f"{module} imports the skin {inner}")
+        outer = imported.split(".")[0]
+        if outer in ONLY_IN and module not in ONLY_IN[outer]:
+            wrong.append(f"{module} imports {outer}")
+    return wrong
+
+
+def test_every_file_has_a_floor() -> None:
+    assert set(module_names()) == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("module", sorted(FLOOR_OF))
+def test_arrows_point_down(module: str) -> None:
+    assert not wrong_imports(module, module_names()[module].read_text())
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("pooling", "from lmprobe_tl.probe import Probe"),
+        ("weights", "def f():\n    from lmprobe_tl import hook_points"),
+        ("monitor", "import lmprobe_tl.terminal"),
+        ("demo.main_job", "from lmprobe_tl.report import write_report"),
+        ("monitor", "import sklearn.base"),
+        ("extraction", "from transformer_lens.model_bridge import TransformerBridge"),
+    ],
+)
+def test_a_planted_upward_import_is_found(module: str, source: str) -> None:
+    assert wrong_imports(module, source)
+
+
+def test_imports_make_no_circle() -> None:
+    below = {
+        module: {name.removeprefix("lmprobe_tl.") for name in imports_of(path.read_text(), at_load=True)} - {module}
+        for module, path in module_names().items()
+    }
+    while below:
+        ground = [module for module, imported in below.items() if not imported & set(below)]
+        assert ground, f"a circle of imports among {sorted(below)}"
+        for module in ground:
+            del below[module]
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformer_lens', 'transformers', 'sklearn', 'numpy', 'scipy'}"
+    assert run_python(f"import sys, lmprobe_tl; print(sorted({heavy} & set(sys.modules)))") == "[]"
+    assert "torch" in run_python(f"import sys, lmprobe_tl; lmprobe_tl.load_probe; print(sorted({heavy} & set(sys.modules)))")
+
+
+def test_loading_and_attaching_import_neither_transformer_lens_nor_scikit_learn() -> None:
+    code = (
+        "import sys; from lmprobe_tl import load_probe, attach_probes, monitored_generate, extract_activations, pooling;"
+        "print(sorted({'transformer_lens', 'sklearn', 'typer', 'rich'} & set(sys.modules)))"
+    )
+    assert run_python(code) == "[]"
+
+
+def test_public_names_are_sorted_documented_and_there() -> None:
+    assert lmprobe_tl.__all__ == sorted(lmprobe_tl.__all__)
+    assert set(lmprobe_tl.__all__) == set(lmprobe_tl._HOMES) | {"pooling"}
+    for name in lmprobe_tl.__all__:
+        assert getattr(lmprobe_tl, name).__doc__, name
+        assert name in dir(lmprobe_tl)
+    fixed = {"Probe", "ProbeWeights", "load_probe", "attach_probes", "monitored_generate", "extract_activations", "pooling"}
+    assert fixed <= set(lmprobe_tl.__all__)
+    with pytest.raises(AttributeError, match="'load_prob'"):
+        _ = lmprobe_tl.load_prob
+
+
+def test_nothing_in_the_package_unpickles() -> None:
+    for module, path in module_names().items():
+        if module == "demo.train_model":  # its own checkpoint, with weights_only=True
+            continue
+        assert not {"pickle", "joblib", "dill", "cloudpickle"} & {
+            name.split(".")[0] for name in imports_of(path.read_text())
+        }
+        assert not re.search(r"(?<!safetensors\.)torch\.load\(", path.read_text()), module

@@ -1,0 +1,246 @@
+"""Laws of the reductions: batch equals a plain loop, stream equals batch, and windows see what a mean dilutes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from lmprobe_tl.errors import EmptyMaskError, InputError
+from lmprobe_tl.pooling import pool_mean, reduce_scores
+from lmprobe_tl.reductions import REDUCTIONS, make_online, reduce_batch
+
+Case = tuple[str, float | None]
+quick = settings(deadline=None, max_examples=25)
+BASE = ["last_token", "first_token", "mean", "max", "min"]
+CASES: list[Case] = [
+    *((name, None) for name in BASE),
+    *(("ema_max", alpha) for alpha in (0.001, 0.5, 1)),
+    *(("rolling_max", window) for window in (1, 3, 100)),
+    *(("softmax", temperature) for temperature in (0.01, 1, 5)),
+]
+by_case = pytest.mark.parametrize(("name", "parameter"), CASES)
+
+
+def loop(name: str, parameter: float | None, z: Sequence[float]) -> float:
+    """Each reduction as one reads it aloud, in plain Python."""
+    if name == "ema_max":
+        averages = [z[0]]
+        for value in z[1:]:
+            averages.append(parameter * value + (1 - parameter) * averages[-1])
+        return max(averages)
+    if name == "rolling_max":
+        starts = range(max(1, len(z) - parameter + 1))
+        windows = [z[start : start + parameter] for start in starts]
+        return max(math.fsum(window) / len(window) for window in windows)
+    if name == "softmax":
+        top = max(z)
+        weights = [math.exp((value - top) / parameter) for value in z]
+        return math.fsum(w * value for w, value in zip(weights, z, strict=True)) / math.fsum(weights)
+    simple = {"last_token": z[-1], "first_token": z[0], "mean": math.fsum(z) / len(z), "max": max(z), "min": min(z)}
+    return simple[name]
+
+
+@st.composite
+def streams(draw: st.DrawFn, may_be_empty: bool) -> tuple[Tensor, Tensor]:
+    """scores [batch pos probes] with junk wherever counted [batch pos] is False."""
+    batch, pos, probes = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.integers(1, 3))
+    rows = st.lists(st.booleans(), min_size=pos, max_size=pos)
+    counted = torch.tensor([draw(rows if may_be_empty else rows.filter(any)) for _ in range(batch)])
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    scale, shift = draw(st.sampled_from([0.1, 1.0, 30.0])), draw(st.sampled_from([-50.0, 0.0, 50.0]))
+    scores = torch.randn(batch, pos, probes, generator=generator) * scale + shift
+    junk = draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30]))
+    return scores.masked_fill(~counted[..., None], junk), counted
+
+
+def chunks(draw: st.DrawFn, length: int) -> list[slice]:
+    cuts = sorted(draw(st.lists(st.integers(0, length), max_size=6)))  # equal cuts make empty chunks
+    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@by_case
+@quick
+@given(stream=streams(may_be_empty=False))
+def test_batch_form_is_the_loop_over_what_counts(name: str, parameter: float | None, stream: tuple[Tensor, Tensor]) -> None:
+    scores, counted = stream
+    scores.requires_grad_()
+    reduced = reduce_batch(scores, name, parameter, counted)
+    for row in range(len(scores)):
+        for probe in range(scores.shape[2]):
+            expected = loop(name, parameter, scores[row, counted[row], probe].tolist())
+            close(reduced[row, probe].detach(), torch.tensor(expected))
+            assert torch.equal(reduce_batch(scores[..., probe], name, parameter, counted), reduced[:, probe])
+    reduced.sum().backward()
+    assert scores.grad is not None
+    assert (scores.grad[~counted] == 0).all()
+    assert scores.grad.isfinite().all()
+    assert scores.grad.any()
+
+
+@by_case
+@quick
+@given(data=st.data(), stream=streams(may_be_empty=True))
+def test_every_running_score_is_the_batch_form_of_its_prefix(
+    name: str, parameter: float | None, data: st.DataObject, stream: tuple[Tensor, Tensor]
+) -> None:
+    scores, counted = stream
+    online = make_online(name, parameter, len(scores), scores.shape[2])
+    parts = data.draw(st.composite(chunks)(scores.shape[1]))
+    running = torch.cat([online.update(scores[:, part], counted[:, part]) for part in parts], dim=1)
+    assert (running.dtype, running.shape) == (torch.float32, scores.shape)
+    for row in range(len(scores)):
+        for end in range(1, scores.shape[1] + 1):
+            prefix = scores[row : row + 1, :end], counted[row : row + 1, :end]
+            nothing_yet = torch.full((scores.shape[2],), torch.nan)
+            expected = reduce_batch(prefix[0], name, parameter, prefix[1])[0] if prefix[1].any() else nothing_yet
+            close(running[row, end - 1], expected)
+            if end > 1 and not counted[row, end - 1]:
+                assert torch.equal(running[row, end - 1].nan_to_num(), running[row, end - 2].nan_to_num())
+
+
+@by_case
+def test_long_streams_stay_exact(name: str, parameter: float | None) -> None:
+    """100,000 tokens at a level of 30: float32 sums grown token by token lose the fourth digit here."""
+    length, start = 100_000, 99_000
+    z = torch.randn(1, length, 1, generator=torch.Generator().manual_seed(0)) + 30
+    counted = torch.ones(1, length, dtype=torch.bool)
+    expected = torch.tensor(loop(name, parameter, z.flatten().tolist()), dtype=torch.float64)
+    close(reduce_batch(z[..., 0], name, parameter), expected[None])
+    online = make_online(name, parameter, 1, 1)
+    for part in [slice(i, i + 500) for i in range(0, start, 500)] + [slice(i, i + 1) for i in range(start, length)]:
+        running = online.update(z[:, part], counted[:, part])
+    torch.testing.assert_close(running[0, -1, 0].double(), expected, rtol=2e-7, atol=0)
+
+
+def test_mean_of_a_stream_token_by_token() -> None:
+    value = torch.tensor([[[0.1]]])
+    online = make_online("mean", None, 1, 1)
+    naive = torch.tensor(0.0)
+    for _ in range(5000):
+        running = online.update(value, torch.tensor([[True]]))
+        naive = naive + value
+    assert running.item() == value.item()
+    assert abs(naive.item() / 5000 - value.item()) > 1e-6  # the control: a float32 sum is off
+
+
+@by_case
+def test_updates_never_wait_for_the_device(name: str, parameter: float | None) -> None:
+    """On the meta device nothing has a value, so any branch on a value, and any copy to the host, is an error."""
+    online = make_online(name, parameter, 2, 3, "meta")
+    for new in (5, 1, 0, 2):
+        running = online.update(torch.zeros(2, new, 3, device="meta"), torch.ones(2, new, dtype=torch.bool, device="meta"))
+        assert running.shape == (2, new, 3)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        running.sum().item()  # the control
+
+
+def test_streams_keep_no_graph() -> None:
+    scores = torch.zeros(1, 2, 1, requires_grad=True)
+    assert not make_online("mean", None, 1, 1).update(scores, torch.tensor([[True, True]])).requires_grad
+
+
+def test_wrong_updates_and_names_are_refused() -> None:
+    online = make_online("rolling_max", 3, 2, 4)
+    counted = torch.ones(2, 5, dtype=torch.bool)
+    for scores in (torch.zeros(2, 5), torch.zeros(3, 5, 4), torch.zeros(2, 5, 3), torch.zeros(2, 5, 4, dtype=torch.int64)):
+        with pytest.raises(InputError, match="batch=2 and n_probes=4"):
+            online.update(scores, counted)
+    for mask in (counted.float(), counted[:, :4]):
+        with pytest.raises(InputError, match=r"counted must be bool \[batch new\] = \[2, 5\]"):
+            online.update(torch.zeros(2, 5, 4), mask)
+    assert online.update(torch.zeros(2, 5, 4), counted).eq(0).all()  # the control: nothing of these reached the state
+    with pytest.raises(InputError, match=r"Unknown reduction 'median'\. All names: last_token"):
+        make_online("median", None, 1, 1)
+    for name, parameter in [("max", 2), ("ema_max", None), ("ema_max", True), ("rolling_max", 2.0), ("softmax", "1")]:
+        with pytest.raises(InputError, match=f"Reduction '{name}'"):
+            make_online(name, parameter, 1, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scores", [torch.zeros(3), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, dtype=torch.int64), [[0.5]]])
+def test_scores_are_float_tensors(scores: object) -> None:
+    with pytest.raises(InputError, match="scores must be"):
+        reduce_scores(scores, "mean")  # type: ignore[arg-type]
+
+
+def test_score_mean_is_not_mean() -> None:
+    x = torch.tensor([[[0.0], [3.0]]])  # the probe has w=2, b=0
+    assert reduce_scores(torch.sigmoid(2 * x[..., 0]), "score:mean").item() == pytest.approx(0.7488, abs=5e-5)
+    assert torch.sigmoid(2 * pool_mean(x)).item() == pytest.approx(0.9526, abs=5e-5)
+
+
+@pytest.mark.parametrize("name", BASE)
+@pytest.mark.parametrize("n_classes", [2, 3, 5])
+@quick
+@given(seed=st.integers(0, 10**6))
+def test_class_rows_sum_to_one(name: str, n_classes: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, 6, n_classes, generator=generator).mul(4).softmax(dim=-1)
+    mask = torch.rand(3, 6, generator=generator) < 0.5
+    mask[:, 2] = True
+    reduced = reduce_scores(scores.masked_fill(~mask[..., None], torch.nan), f"score:{name}", mask)
+    close(reduced.sum(dim=-1), torch.ones(3))
+    each = torch.stack([reduce_batch(scores[..., c], name, None, mask) for c in range(n_classes)], dim=-1)
+    if n_classes == 2:
+        close(reduced[:, 1], each[:, 1])  # the positive class is what is reduced
+    else:
+        close(reduced, each / each.sum(dim=-1, keepdim=True))
+
+
+def test_one_loud_token_wins_over_a_confident_negative() -> None:
+    scores = torch.tensor([[[1.0, 0.0], [0.01, 0.99]]])  # class-wise maxima would be (1, .99): negative
+    close(reduce_scores(scores, "max"), torch.tensor([[0.01, 0.99]]))
+
+
+def test_min_where_no_class_keeps_probability() -> None:
+    close(reduce_scores(torch.eye(3)[None], "min"), torch.full((1, 3), 1 / 3))
+
+
+def test_what_reduce_scores_refuses() -> None:
+    probabilities = torch.full((1, 2, 3), 1 / 3)
+    for strategy in ("score:ema_max(0.5)", "rolling_max(2)", "softmax(1)"):
+        assert reduce_scores(probabilities[..., 0], strategy).shape == (1,)  # the control
+        with pytest.raises(InputError, match=r"takes logits \[batch pos\], got shape \[1, 2, 3\]"):
+            reduce_scores(probabilities, strategy)
+    with pytest.raises(InputError, match="fewer than 2 classes"):
+        reduce_scores(probabilities[..., :1], "max")
+    for strategy, text in {"activation:max": "pools activations", "all": "nothing to reduce", "mex": "'score:max'"}.items():
+        with pytest.raises(InputError, match=text):
+            reduce_scores(probabilities, strategy)
+    with pytest.raises(EmptyMaskError, match=r"\[0\]"):
+        reduce_scores(probabilities, "max", torch.zeros(1, 2))
+
+
+def test_score_dtypes() -> None:
+    for dtype, wanted in {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}.items():
+        assert all(reduce_batch(torch.zeros(1, 2, dtype=dtype), *case).dtype == wanted for case in CASES)
+
+
+def test_every_reduction_is_tested() -> None:
+    assert {name for name, _ in CASES} == set(REDUCTIONS)
+
+
+def test_windows_see_what_a_mean_dilutes() -> None:
+    """10 signal tokens, 1.5 sigma, among 512 of N(0, 1): the AUROC of each reduction, and of the mean in closed form."""
+    n, pos, signal, shift = 2000, 512, 10, 1.5
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2 * n, pos, generator=generator)
+    start = torch.randint(0, pos - signal + 1, (n, 1), generator=generator)
+    z[torch.arange(n)[:, None], start + torch.arange(signal)] += shift
+    labels = [1] * n + [0] * n
+    table = {"mean": 0.693, "max": 0.676, "ema_max(0.5)": 0.879, "rolling_max(10)": 0.976, "softmax(1)": 0.780}
+    auroc = {strategy: roc_auc_score(labels, reduce_scores(z, strategy)) for strategy in table}
+    assert auroc == pytest.approx(table, abs=0.03)
+    closed_form = torch.special.ndtr(torch.tensor(signal * shift / math.sqrt(2 * pos))).item()
+    assert auroc["mean"] == pytest.approx(closed_form, abs=3 * 0.0084)  # 0.0084: the standard error at this n
+    assert auroc["rolling_max(10)"] > auroc["ema_max(0.5)"] > auroc["softmax(1)"] > auroc["mean"]
