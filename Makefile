@@ -17,7 +17,7 @@ check: .venv/installed-dev
 
 # Trains the embedded model anew: about an hour on two cores.
 demo-model: .venv/installed
-	$(BIN)/python -m lmprobe_tl.demo.train_model --out lmprobe_tl/demo/model --work build/demo-model
+	$(BIN)/python -m lmprobe_tl.demo.train_model --out lmprobe_tl/demo/stdlib-llama-3m --work build/demo-model
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

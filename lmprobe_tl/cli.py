@@ -47,10 +47,7 @@ def main() -> None:
         sys.stdout.flush()
     except typer.Exit as stop:
         status = stop.exit_code
-    except typer.Abort:
-        status = 130
-    except KeyboardInterrupt:
-        print("lmprobe-tl: interrupted", file=sys.stderr)
+    except (typer.Abort, KeyboardInterrupt):
         status = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,6 +58,8 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # not one of the command line's own
             raise
         status = _fail(error.format_message())
+    if status == 130:
+        print("lmprobe-tl: interrupted", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -142,14 +141,14 @@ def fit(
         str, typer.Option("--classifier", help="logistic_regression or mass_mean.")
     ] = "logistic_regression",
     name: Annotated[str | None, typer.Option("--name", help="Name of the probe; by default that of the file.")] = None,
-    text_column: Annotated[str, typer.Option("--text-column")] = "text",
-    label_column: Annotated[str, typer.Option("--label-column")] = "label",
+    text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
+    label_column: Annotated[str, typer.Option("--label-column", help="Where the label stands.")] = "label",
     test_share: Annotated[
         float, typer.Option("--test-share", min=0, max=0.9, help="Share of the prompts held out to evaluate; 0 for none.")
     ] = 0.2,
     batch_size: BatchOption = 8,
     bos: BosOption = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the split and the classifier.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the split and the classifier.")] = 0,
 ) -> None:
     """Train a probe on labelled prompts and save it."""
     prompts, labels = read_labelled(data, text_column, label_column)
@@ -192,7 +191,7 @@ def score(
         Path | None, typer.Option("--out", "-o", help="File to write, .jsonl or .csv; by default JSONL to the terminal.")
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Add the logit of every token (JSONL).")] = False,
-    text_column: Annotated[str, typer.Option("--text-column")] = "text",
+    text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
     batch_size: BatchOption = 8,
     bos: BosOption = None,
 ) -> None:
@@ -225,18 +224,19 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue, or - for standard input.")],
     model: ModelOption = None,
     stop: Annotated[bool, typer.Option("--stop", help="End at the first token that reaches the threshold.")] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the continuation.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.8,
     threshold: Annotated[
         float | None,
         typer.Option("--threshold", min=0, max=1, help="Probability that raises the alarm, instead of the file's."),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Seed of the text; by default another each time.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the text; by default another each time.")] = None,
     bos: BosOption = None,
 ) -> None:
-    """Continue a prompt with every token coloured by its live score."""
+    """Continue a prompt with every token coloured by its own score.
+
+    The alarm watches the running score, which pools the tokens so far as the probe file says.
+    """
     from lmprobe_tl.probe_file import load_probe
 
     weights = load_probe(probe)
@@ -266,9 +266,16 @@ def generate(
         **sampling,
     )[0]
     printer.finish()
+    pooled = weights.spec.pooling.inference
     for alarm in result.alarms:
-        print(f"alarm: {alarm.probe} reached {alarm.score:.3f} (threshold {alarm.threshold:g}) at token {alarm.position}")
-    print(f"ended by: {result.stopped_by}")
+        generated = alarm.position - result.prompt_length
+        where = f"generated token {generated + 1}" if generated >= 0 else f"token {alarm.position + 1} of the prompt"
+        token = loaded.tokenizer.decode([alarm.token_id])
+        print(
+            f"alarm: the running score of probe {alarm.probe!r} (pooling {pooled}) reached {alarm.score:.3f} "
+            f"(threshold {alarm.threshold:g}) at {where}, {token!r}"
+        )
+    print(f"ended by: {f'probe {result.stopped_by!r}' if result.stopped_by == weights.name else result.stopped_by}")
 
 
 @app.command()

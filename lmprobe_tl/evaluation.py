@@ -32,15 +32,16 @@ class Evaluation:
     random_state: int | None
 
     def records(self) -> dict[str, MetricRecord]:
-        """The metrics as a probe file keeps them."""
+        """The metrics as a probe file keeps them; names of metrics of single tokens begin with 'token_'."""
         named = {"auroc": self.auroc, "accuracy": self.accuracy, f"tpr_at_fpr_{self.fpr:g}": self.tpr_at_fpr}
-        return {name: _record(interval) for name, interval in named.items() if interval is not None}
+        prefix = "token_" if self.level == "token" else ""
+        return {prefix + name: self._record(interval) for name, interval in named.items() if interval is not None}
 
-
-def _record(interval: Interval) -> MetricRecord:
-    return MetricRecord(
-        value=interval.value, low=interval.low, high=interval.high, confidence=interval.confidence, n=interval.n
-    )
+    def _record(self, interval: Interval) -> MetricRecord:
+        confidence = None if interval.low is None else interval.confidence
+        return MetricRecord(
+            value=interval.value, low=interval.low, high=interval.high, confidence=confidence, n=self.n_examples
+        )
 
 
 def evaluate_scores(

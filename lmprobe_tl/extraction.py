@@ -124,8 +124,7 @@ def extract_rows(
     first."""
     strategy = activation_strategy(pooling)
     named = None if callable(pooling) else strategy  # a callable may be called 'all', too
-    # A leading BOS ends nothing, though GPT-2 has one id for BOS and EOS.
-    sees_bos = named != "eos" and (include_bos or named in _SEES_BOS)
+    sees_bos = include_bos or named in _SEES_BOS
     lengths = counted_lengths(rows, bos_id(model), include_bos)
     check_rows_count(lengths)
     if named == "eos":
@@ -157,6 +156,7 @@ def activation_strategy(pooling: str | PoolingStrategy) -> str:
 
 
 def _check_rows_have_eos(model: Any, rows: list[list[int]]) -> None:
+    # A leading BOS ends nothing, though GPT-2 has one id for BOS and EOS.
     ids, bos = set(end_of_sequence_ids(model)), bos_id(model)
     without = [index for index, row in enumerate(rows) if ids.isdisjoint(row[1:] if row[:1] == [bos] else row)]
     if without:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmprobe_tl.errors import InputError, PromptTooLongError
-from lmprobe_tl.hook_points import context_length, device_of, end_of_sequence_ids, forward_once, load_model
+from lmprobe_tl.hook_points import context_length, device_of, end_of_sequence_ids, forward_once, inference_mode, load_model
 from lmprobe_tl.live_events import OnToken
 from lmprobe_tl.live_run import Alarm, LiveRun
 from lmprobe_tl.monitor import Monitor, as_probes, attach_probes, recorded_prepend_bos
@@ -69,6 +69,12 @@ def monitored_generate(
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens!r}; expected an integer of at least 1.")
+    if not isinstance(stop, bool):
+        raise InputError(
+            f"stop is {stop!r}; expected True (a row ends where any attached probe reaches its threshold) or False."
+        )
+    if on_token is not None and not callable(on_token):
+        raise InputError(f"on_token is {on_token!r}; expected a function of one TokenEvent, or None.")
     model = load_model(model)
     loaded = as_probes(probes)
     prepend = recorded_prepend_bos(loaded) if prepend_bos is None else prepend_bos
@@ -77,7 +83,7 @@ def monitored_generate(
     # Left padding: generation continues at the right edge of every row.
     tokens, mask = pad_rows(rows, pad_token_id=pad_id(model), side="left", device=device_of(model))
     eos = end_of_sequence_ids(model)
-    with attach_probes(model, loaded, on_token=on_token, strict=strict) as monitor:
+    with inference_mode(model), attach_probes(model, loaded, on_token=on_token, strict=strict) as monitor:
         output = model.generate(
             tokens,
             attention_mask=mask,
@@ -94,10 +100,13 @@ def monitored_generate(
         )
         ends = _ends(monitor, rows, output[:, tokens.shape[1] :], eos, stop)
         finished = [row + generated for row, (generated, _) in zip(rows, ends, strict=True)]
-        run, last = monitor.runs[-1], None
+        live = _Scores.of(monitor.runs[-1])
         if score_last_token:
-            last = _score_again(model, monitor, finished)
-    return [_result(model, run, last, index, rows[index], finished[index], ends[index][1]) for index in range(len(rows))]
+            live = live.completed(_Scores.of(_score_again(model, monitor, finished)), [len(row) for row in finished])
+    return [
+        _result(model, live, index, prompt, tokens, reason)
+        for index, (prompt, tokens, (_, reason)) in enumerate(zip(rows, finished, ends, strict=True))
+    ]
 
 
 def _check_lengths(model: Any, rows: list[list[int]], max_new_tokens: int) -> None:
@@ -140,17 +149,49 @@ def _score_again(model: Any, monitor: Monitor, rows: list[list[int]]) -> LiveRun
     return monitor.runs[-1]
 
 
+@dataclass(frozen=True)
+class _Scores:
+    """Everything that a run says of its rows: logits and running scores by probe name and row, alarms by row."""
+
+    logits: dict[str, list[Tensor]]
+    running: dict[str, list[Tensor]]
+    alarms: list[tuple[Alarm, ...]]
+
+    @staticmethod
+    def of(run: LiveRun) -> _Scores:
+        names = list(run.plan.probes)
+        logits = {name: run.row_logits(name) for name in names}
+        return _Scores(logits, {name: run.row_running(name) for name in names}, run.row_alarms())
+
+    def completed(self, last: _Scores, lengths: list[int]) -> _Scores:
+        """With the scores of `last` where there are none here: those that were seen live stay the ones reported."""
+        alarms = []
+        for seen, again, length in zip(self.alarms, last.alarms, lengths, strict=True):
+            raised = {alarm.probe for alarm in seen}
+            alarms.append(seen + tuple(a for a in again if a.probe not in raised and a.position == length - 1))
+        return _Scores(_completed(self.logits, last.logits), _completed(self.running, last.running), alarms)
+
+
+def _completed(live: dict[str, list[Tensor]], last: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    return {
+        name: [torch.cat([seen, again[len(seen) :]]) for seen, again in zip(rows, last[name], strict=True)]
+        for name, rows in live.items()
+    }
+
+
 def _result(
-    model: Any, run: LiveRun, last: LiveRun | None, index: int, prompt: list[int], tokens: list[int], stopped_by: str
+    model: Any, live: _Scores, index: int, prompt: list[int], tokens: list[int], stopped_by: str
 ) -> GenerationResult:
-    scores = {name: run.row_logits(name)[index][: len(tokens)] for name in run.plan.probes}
-    running = {name: run.row_running(name)[index][: len(tokens)] for name in run.plan.probes}
-    alarms = run.row_alarms()[index]
-    if last is not None:
-        # Of the extra pass only what is missing: the scores that were seen live stay the ones reported.
-        scores = {name: torch.cat([seen, last.row_logits(name)[index][len(seen) :]]) for name, seen in scores.items()}
-        running = {name: torch.cat([seen, last.row_running(name)[index][len(seen) :]]) for name, seen in running.items()}
-        raised = {alarm.probe for alarm in alarms}
-        alarms += tuple(a for a in last.row_alarms()[index] if a.probe not in raised and a.position == len(tokens) - 1)
+    def of_row(scores: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+        return {name: rows[index][: len(tokens)] for name, rows in scores.items()}
+
     text = model.tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True) if model.tokenizer is not None else ""
-    return GenerationResult(text, torch.tensor(tokens), len(prompt), scores, running, alarms, stopped_by)
+    return GenerationResult(
+        text=text,
+        tokens=torch.tensor(tokens),
+        prompt_length=len(prompt),
+        scores=of_row(live.logits),
+        running=of_row(live.running),
+        alarms=live.alarms[index],
+        stopped_by=stopped_by,
+    )

@@ -259,7 +259,7 @@ def _forward_call(arguments: tuple[Any, ...], named: dict[str, Any]) -> ForwardC
 
 
 @contextmanager
-def _inference(model: Any) -> Iterator[None]:
+def inference_mode(model: Any) -> Iterator[None]:
     """No gradients and no dropout; afterwards each module is in training mode or not, as it was."""
     training = [
         module for owner in (model, getattr(model, "original_model", model)) for module in owner.modules() if module.training
@@ -296,7 +296,7 @@ def run_to_hook_points(
     bound = {name: _bind(seen, name) for name in callbacks}
     # A cache of keys and values would only fill memory here.
     options = {"use_cache": False} if hasattr(model, "original_model") else {}
-    with _inference(model), hooks_on(model, bound):
+    with inference_mode(model), hooks_on(model, bound):
         try:
             model(tokens, attention_mask=attention_mask, **options)
         except _AllSeen:
@@ -316,7 +316,7 @@ def forward_once(model: Any, tokens: Tensor, attention_mask: Tensor) -> None:
     tokens, attention_mask: [batch pos].
     """
     options = {"use_cache": False} if hasattr(model, "original_model") else {}
-    with _inference(model):
+    with inference_mode(model):
         model(tokens, attention_mask=attention_mask, **options)
 
 

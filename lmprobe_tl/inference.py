@@ -19,6 +19,7 @@ from lmprobe_tl.tokens import bos_id, check_rows_count, counted_lengths
 
 _SEES_BOS = ("last_token", "first_token")
 _MONOTONE = ("last_token", "first_token", "max", "min")
+_TINY = float(np.finfo(np.float64).eps)
 _ON_LOGITS = ("ema_max", "rolling_max", "softmax")
 
 
@@ -134,7 +135,7 @@ def _reduced(classifier: Any, features: np.ndarray, mask: Tensor, pooling: str, 
     if name in _MONOTONE:
         # On logits, where scores near 0 and 1 stay apart.
         return reduce_scores(spread(logits_of(classifier, features)), pooling, mask).numpy(), probabilities
-    return logit(probabilities[:, 1]), probabilities
+    return logit(np.clip(probabilities[:, 1], _TINY, 1 - _TINY)), probabilities
 
 
 def _token_features(

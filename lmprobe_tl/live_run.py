@@ -78,6 +78,8 @@ class LiveRun:
         does. More than one are a new prompt, for instance the next turn of a chat."""
         if not self._tokens or call.tokens.shape != (self.n_rows, self.n_columns + 1):
             return False
+        if (self._ended | self._stopped).all():
+            return False  # this generation was over: what follows is another
         return torch.equal(call.tokens[:, : self.n_columns], torch.cat(self._tokens, dim=1))
 
     def new_columns(self, call: ForwardCall) -> int:
@@ -122,8 +124,10 @@ class LiveRun:
 
     def _begin(self, tokens: Tensor) -> None:
         batch, device = tokens.shape[0], tokens.device
-        # [batch] bool: has had a real token; ended by EOS; ended by a stop; was fed real tokens after its EOS.
-        self._begun, self._ended, self._stopped, self._went_on = torch.zeros(4, batch, dtype=torch.bool, device=device)
+        # [batch] bool: has had a real token; ended by EOS; ended by a stop, and had one more token; was fed real tokens
+        # after.
+        flags = torch.zeros(5, batch, dtype=torch.bool, device=device)
+        self._begun, self._ended, self._stopped, self._passed_stop, self._went_on = flags
         self._crossed = torch.zeros(batch, self.plan.n_columns, dtype=torch.bool, device=device)
         # Moved once: a copy to the device in every step would wait for it.
         self._thresholds = self.plan.thresholds.to(device)
@@ -141,7 +145,10 @@ class LiveRun:
 
     def _after_end(self, tokens: Tensor) -> Tensor:
         """[batch 1] bool, for one generated token a row: at or after the first EOS, or after the row was stopped."""
-        self._went_on = self._went_on | (self._ended & ~self._stopped & ~_is_one_of(tokens[:, 0], self._ends.filler_ids))
+        # The token that was sampled together with a stop is still to come; after it, only fillers are.
+        over = (self._ended & ~self._stopped) | self._passed_stop
+        self._went_on = self._went_on | (over & ~_is_one_of(tokens[:, 0], self._ends.filler_ids))
+        self._passed_stop = self._stopped
         self._ended = self._ended | _is_one_of(tokens[:, 0], self._ends.end_ids)
         return rearrange(self._ended | self._stopped, "batch -> batch 1")
 
@@ -209,8 +216,10 @@ class LiveRun:
         went_on = self._went_on.nonzero().flatten().tolist()
         if went_on:
             raise MonitorError(
-                f"row {went_on[0]} went on after an end-of-sequence token (ids {list(self._ends.end_ids)}), and what "
-                "followed was not scored. Where generation ends at other tokens, or at none (stop_at_eos=False), say so: "
+                f"row {went_on[0]} went on after it had ended (by a stop, or by one of the tokens "
+                f"{list(self._ends.end_ids)}), "
+                "and what followed was not scored. Generate again in a block of its own; where "
+                "generation ends at other tokens, or at none (stop_at_eos=False), say so: "
                 "attach_probes(..., eos_token_id=...), with [] for none."
             )
         values, real = torch.cat(pieces, dim=1).cpu(), torch.cat(self._real, dim=1).cpu()

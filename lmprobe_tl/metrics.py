@@ -20,6 +20,9 @@ Array: TypeAlias = NDArray[np.float64]
 Metric: TypeAlias = Callable[..., float]  # (labels, scores) -> float, or (labels, scores, sample_weight=...) -> float
 
 
+_FEWEST_GROUPS = 5
+
+
 def auroc(labels: ArrayLike, scores: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half.
 
@@ -102,7 +105,8 @@ def bootstrap_interval(
     labels: [n_examples]; scores: [n_examples] or [n_examples n_classes], for accuracy the predictions. groups: [n_examples],
     the prompt of each example: the tokens of one prompt are no independent evidence. None makes each example a group.
     A metric that takes `sample_weight` gets how often an example was drawn; another one gets the examples repeated.
-    A resample that misses a class is skipped; low and high are None if more than half are, or with fewer than two groups.
+    A resample that misses a class is skipped; low and high are None if more than half are, or where a class is in fewer than
+    five groups: resampling so few says nothing of others.
     """
     if n_bootstrap < 1 or not 0.0 < confidence < 1.0:
         raise InputError(f"Expected n_bootstrap >= 1 and 0 < confidence < 1, got {n_bootstrap} and {confidence}.")
@@ -130,7 +134,7 @@ def bootstrap_interval(
         if holds_class[drawn > 0].any(axis=0).all():
             values.append(_resampled(metric, labels, scores, drawn[group_index]))
     n_skipped = n_bootstrap - len(values)
-    if n_groups < 2 or n_skipped > n_bootstrap / 2:
+    if holds_class.sum(axis=0).min() < _FEWEST_GROUPS or n_skipped > n_bootstrap / 2:
         return Interval(value, None, None, confidence, n_groups, n_skipped)
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value, float(low), float(high), confidence, n_groups, n_skipped)

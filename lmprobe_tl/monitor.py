@@ -60,7 +60,7 @@ class Monitor:
         self._call: ForwardCall | None = None
         self._partials: dict[str, Tensor] = {}
         self._fired: set[str] = set()
-        # With RMSNorm there is but one basis. Elsewhere: hook points known to be raw, tokens that looked centred at the others.
+        # With RMSNorm there is one basis. Else: hook points known to be raw, and how many tokens looked centred at others.
         self._one_basis = normalization(model) == "rmsnorm"
         self._known_raw: set[str] = set()
         self._looked_centred: dict[str, int] = {}
@@ -174,12 +174,12 @@ class Monitor:
         if self._one_basis or hook_name in self._known_raw:
             return
         mask = torch.ones_like(call.tokens) if call.attention_mask is None else call.attention_mask[:, call.start :]
-        real = activations[mask.bool()]
+        real = activations[mask.to(activations.device).bool()]
         raw = [probe.name for probe in self.plan.probes.values() if _needs_raw(probe, hook_name)]
         if not raw or (len(real) and not is_centred(real)):
             self._known_raw.add(hook_name)
             return
-        # A single token may have a mean of zero by chance: with a d_model of thousands it is one in some hundred.
+        # A single token may have a mean of zero by chance: with a d_model of thousands it is one in a few hundred.
         seen = self._looked_centred.get(hook_name, 0) + len(call.tokens[mask.bool()].unique())
         self._looked_centred[hook_name] = seen
         if seen > 1:
@@ -200,6 +200,15 @@ class Monitor:
             raise ProbeNeverFiredError(
                 "the last forward pass did not reach all hook points of the attached probes. " + _REPLACED
             )
+
+
+def _check_no_dropout(model: Any) -> None:
+    """A model in training mode drops activations at random, and the scores would be of these."""
+    module = getattr(model, "original_model", model)
+    if any(isinstance(part, torch.nn.Dropout) and part.training and part.p > 0 for part in module.modules()):
+        raise MonitorError(
+            "the model is in training mode, and its dropout would make scores random; call model.eval() first."
+        )
 
 
 def _needs_raw(probe: ProbeWeights, hook_name: str) -> bool:
@@ -244,6 +253,7 @@ def attach_probes(
     loaded = as_probes(probes)
     for weights in loaded:
         check_compatible(model, weights, strict=strict)
+    _check_no_dropout(model)
     monitor = Monitor(model, loaded, on_token, row_ends(model, eos_token_id))
     with ExitStack() as stack:
         stack.callback(watch_forward(model, monitor.before_forward).remove)

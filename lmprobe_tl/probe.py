@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,28 @@ class Probe(ClassifierMixin, BaseEstimator):
         train, inference = self._poolings()
         if train != inference:
             warnings.warn(
-                f"trained with pooling {pooling_name(train)!r}, used with {pooling_name(inference)!r}: the classifier "
-                "will see activations of another "
-                "kind than it learnt from. That is intended for token scores (as 'score:max'); evaluate "
-                "it on prompts of its own.",
+                f"trained with pooling {pooling_name(train)!r}, used with {pooling_name(inference)!r}: "
+                "the classifier will see "
+                "activations of another kind than it learnt from. Evaluate and set thresholds under the inference pooling.",
                 PoolingMismatchWarning,
                 stacklevel=2,
             )
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        """The parameters that tell probes apart; a model's own repr has hundreds of lines."""
+        given = [self.train_pooling or self.pooling, self.inference_pooling or self.pooling]
+        pooling = " -> ".join(dict.fromkeys(pooling_name(side) for side in given if side is not None))
+        state = f"fitted on {self.training_.n_examples} examples" if hasattr(self, "training_") else "not fitted"
+        classifier = classifier_name(self.classifier)
+        return (
+            f"Probe({self.name!r}, hook_points={self.hook_points!r}, pooling={pooling!r}, classifier={classifier}; {state})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/plain": repr(self)}
 
     def __sklearn_clone__(self) -> Probe:
         """An unfitted copy with the same parameters, which shares the model."""
@@ -160,9 +176,16 @@ class Probe(ClassifierMixin, BaseEstimator):
 
         activations = self._extract(model, rows, names, train)
         features = activations.concatenated().numpy().astype(np.float64)
-        weight = (
-            1 / np.asarray(lengths, dtype=np.float64)[groups] if groups is not None and self.equal_prompt_weight else None
-        )
+        if not features.std(axis=0).max() > 1e-6 * np.abs(features).max():
+            raise InputError(
+                f"with pooling {pooling_name(train)!r} the activations of all prompts are the same, so "
+                "nothing can be learnt "
+                "from them ('first_token' sees nothing but BOS where the model prepends one). Use another pooling."
+            )
+        weight = None
+        if groups is not None and self.equal_prompt_weight:
+            weight = 1 / np.asarray(lengths, dtype=np.float64)[groups]
+            weight *= len(weight) / weight.sum()  # as strong together as unweighted tokens: C keeps its meaning
         self.classifier_ = fit_classifier(classifier, features, y, groups=groups, sample_weight=weight)
         self.model_, self.hook_names_, self.classes_ = model, names, classes
         self.n_features_in_ = features.shape[1]
@@ -178,7 +201,6 @@ class Probe(ClassifierMixin, BaseEstimator):
         )
         # Some rows of the training set, to prove on them that a linear rule says what the classifier says.
         self._sample = features[np.linspace(0, len(features) - 1, min(len(features), 2048)).astype(int)]
-        self._weights: ProbeWeights | None = None
         return self
 
     def fit_contrast(self, positive: Sequence[Prompt], negative: Sequence[Prompt]) -> Probe:
@@ -285,8 +307,8 @@ class Probe(ClassifierMixin, BaseEstimator):
         )
 
     def _judged(self, prompts: Sequence[Prompt], labels: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Truth, scores (probabilities), predicted classes and prompt index of each prompt or, with token labels or
-        inference pooling 'all', of each token."""
+        """Truth, scores (logits of two classes, else probabilities), predicted classes and prompt index of each prompt or,
+        with token labels or inference pooling 'all', of each token."""
         check_is_fitted(self, "classifier_")
         prompts = check_prompts(prompts)
         token_labels = are_token_labels(labels)
@@ -296,15 +318,16 @@ class Probe(ClassifierMixin, BaseEstimator):
         if isinstance(outputs, TokenOutputs):
             groups = np.repeat(np.arange(len(prompts)), outputs.lengths)
             truth = np.concatenate(check_token_labels(labels, outputs.lengths)) if token_labels else labels[groups]
-            probabilities = outputs.probabilities
+            logits, probabilities = outputs.logits, outputs.probabilities
         else:
-            groups, truth, probabilities = np.arange(len(prompts)), labels, outputs[1]
+            groups, truth, (logits, probabilities) = np.arange(len(prompts)), labels, outputs
         unknown = set(np.unique(truth).tolist()) - set(self.classes_.tolist())
         if unknown:
             raise InputError(
                 f"labels holds {sorted(unknown, key=str)[0]!r}, but the probe knows only {self.classes_.tolist()}."
             )
-        scores = probabilities[:, 1] if len(self.classes_) == 2 else probabilities
+        # Two classes are ranked by logits: probabilities near 1 are all the same number.
+        scores = logits if len(self.classes_) == 2 else probabilities
         return truth, scores, self.classes_[probabilities.argmax(axis=1)], groups
 
     # --- the artefact ---
@@ -318,11 +341,6 @@ class Probe(ClassifierMixin, BaseEstimator):
     def to_weights(self) -> ProbeWeights:
         """See `weights_`."""
         check_is_fitted(self, "classifier_")
-        if self._weights is None:
-            self._weights = self._make_weights()
-        return self._weights
-
-    def _make_weights(self) -> ProbeWeights:
         train, inference = self._poolings()
         for side in (train, inference):
             if callable(side):
@@ -330,8 +348,14 @@ class Probe(ClassifierMixin, BaseEstimator):
                     f"pooling {pooling_name(side)!r} is a function, and a probe file holds no code; "
                     "use a named pooling to save."
                 )
-        rule = linear_rule(self.classifier_, self._sample)
         d_model, norm = width(self.model_), normalization(self.model_)
+        if norm == "layernorm" and inference in ("activation:max", "activation:min"):
+            raise InputError(
+                f"inference pooling {inference!r} on a LayerNorm model depends on whether its weights "
+                "were centred, so such a "
+                "probe would not mean the same elsewhere; use 'score:max' or another pooling to save."
+            )
+        rule = linear_rule(self.classifier_, self._sample)
         direction = torch.from_numpy(rule.direction)
         if norm == "layernorm":
             # w.(x - mean(x)) = (w - mean(w)).x, a hook point at a time
@@ -355,6 +379,8 @@ class Probe(ClassifierMixin, BaseEstimator):
 
     def save(self, path: str | Path, *, evaluation: Evaluation | None = None) -> Path:
         """Write the probe file, with the metrics of an evaluation if one is given; equal to `weights_.save(path)`."""
+        if evaluation is not None and not isinstance(evaluation, Evaluation):
+            raise InputError(f"evaluation is a {type(evaluation).__name__}; expected what `evaluate` returned, or None.")
         weights = self.to_weights()
         return (weights if evaluation is None else weights.with_metrics(evaluation.records())).save(path)
 

@@ -85,7 +85,7 @@ def probe_summary(weights: ProbeWeights) -> dict[str, str]:
         "tokenizer": _facts(spec.tokenizer.to_dict()),
         "residual basis": f"{spec.residual_basis} (normalization: {spec.normalization})",
         "pooling": _facts(spec.pooling.to_dict()),
-        "threshold": _threshold_text(spec.threshold),
+        "threshold": _threshold_text(spec.threshold, spec.n_classes == 2),
         "training": _training_text(spec.training),
         **{f"metric {name}": _metric_text(metric) for name, metric in spec.metrics.items()},
         "versions": ", ".join(f"{library} {version}" for library, version in spec.versions.items()) or "not recorded",
@@ -266,9 +266,9 @@ def _labels_text(spec: ProbeSpec) -> str:
     return ", ".join(repr(label) for label in spec.labels)
 
 
-def _threshold_text(threshold: ThresholdRecord | None) -> str:
+def _threshold_text(threshold: ThresholdRecord | None, binary: bool) -> str:
     if threshold is None:
-        return "none"
+        return "probability >= 0.5 (default)" if binary else "none"
     origin = {"method": threshold.method, "fpr": threshold.fpr, "delta": threshold.delta, "n": threshold.n}
     return f"{threshold.unit} >= {threshold.value:g} ({_facts(origin)})"
 

@@ -64,7 +64,7 @@ def _metric_rows(result: DemoResult) -> list[tuple[str, str]]:
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    cells = "\n".join(f'<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
+    cells = "\n".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
     return f"<table>{cells}</table>"
 
 

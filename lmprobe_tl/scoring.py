@@ -32,6 +32,7 @@ class PromptScores:
 
     scores: the probe's inference pooling of each prompt, [n_prompts] (binary: probability of the positive class, or logit
     for the streaming reductions on logits) or [n_prompts n_classes].
+    In float32, in which all probabilities beyond a logit of 17 are 1: rank very confident ones by their logits.
     token_logits: one tensor a prompt, [n] or [n n_classes], an entry for each token, BOS included.
     """
 

@@ -170,8 +170,8 @@ class ProbeWeights:
         return replace(self, spec=replace(self.spec, threshold=threshold))
 
     def with_inference_pooling(self, strategy: str) -> ProbeWeights:
-        """A copy that pools by another strategy, such as 'score:max'. It has no threshold and no metrics: both were of the old
-        score."""
+        """A copy that pools by another strategy, such as 'score:max'. It has no threshold and no metrics: both were of the
+        old score."""
         parse_pooling_strategy(strategy)
         pooling = replace(self.spec.pooling, inference=strategy)
         return replace(self, spec=replace(self.spec, pooling=pooling, threshold=None, metrics={}))

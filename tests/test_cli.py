@@ -370,10 +370,14 @@ def test_generate_stops_at_the_threshold_and_raises_the_alarm(run: Run, probes: 
     assert "⟦" not in never
     at_once = run("generate", path, "x = ", "-n", 12, "--seed", 1, "--threshold", 0, "--stop").fine
     assert written(at_once) == "x = \n"
-    assert at_once.splitlines()[-1] == "ended by: live"
-    assert re.search(r"^alarm: live reached \d\.\d{3} \(threshold 0\) at token 1$", at_once, re.M)
+    assert at_once.splitlines()[-1] == "ended by: probe 'live'"
+    assert re.search(
+        r"^alarm: .* 'live' \(pooling score:max\) reached \d\.\d{3} \(threshold 0\) at token 2 of the prompt, 'x'$",
+        at_once,
+        re.M,
+    )
     on = run("generate", path, "x = ", "-n", 12, "--seed", 1, "--threshold", 0).fine
-    assert "ended by: live" not in on
+    assert "ended by: probe" not in on
     assert written(on) == written(never)
     assert on.count("⟦") == 1
 
@@ -408,7 +412,7 @@ def test_inspect_prints_every_row_of_the_summary(run: Run, probes: dict[str, Pat
     assert rows["labels"] == "1 (positive), 0 (negative)"
     assert rows["hook points"] == "blocks.1.hook_resid_post, blocks.3.hook_resid_post"
     assert rows["d_model"] == "192"
-    assert rows["threshold"] == "none"
+    assert rows["threshold"] == "probability >= 0.5 (default)"
     weights = ProbeWeights.from_direction([1.0], name="p", hook_points="h", description="a\x1b[2Jb\nc")
     assert "a\\x1b[2Jb\\nc" in run("inspect", weights.save(tmp_path / "p.safetensors")).fine
 
@@ -430,7 +434,7 @@ def test_demo_writes_a_probe_and_a_report_that_name_no_path_of_this_machine(
     monkeypatch.setattr(main_job, "PROBE_EVAL_MODULES", ("textwrap", "queue", "shlex", "string"))
     monkeypatch.setattr(main_job, "PIECES_PER_MODULE", 3)
     monkeypatch.setattr(main_job, "SHOWN_PROMPTS", ("def f(x):\n", "# <b> & "))
-    monkeypatch.setattr(main_job, "run_demo", partial(main_job.run_demo, n_bootstrap=20, live_rows=8, max_new_tokens=40))
+    monkeypatch.setattr(main_job, "run_demo", partial(main_job.run_demo, n_bootstrap=20, live_rows=16, max_new_tokens=40))
     out = tmp_path / "a folder that does not exist yet" / ("with a long name " * 8).strip()
     ran = run("demo", "--out", out)
     printed = ran.fine.replace("⟦", "").replace("⟧", "")
@@ -449,7 +453,7 @@ def test_demo_writes_a_probe_and_a_report_that_name_no_path_of_this_machine(
 
     weights = load_probe(probe_file)
     assert weights.hook_points == ("blocks.3.hook_resid_post",)
-    assert f"{weights.spec.metrics['auroc'].value:.3f}" == numbers[0][1]
+    assert f"{weights.spec.metrics['token_auroc'].value:.3f}" == numbers[0][1]
     page = Page(report.read_text(encoding="utf-8"))
     assert [
         text.startswith(prompt) for text, prompt in zip(page.texts("pre"), ["def f(x):\n", "# <b> & "], strict=True)
@@ -576,6 +580,11 @@ def test_standard_input_that_is_no_text_is_an_error(run: Run, probes: dict[str, 
     assert "standard input is not UTF-8" in run("score", probes["prose"], "-", stdin=b"a\xff").error
     assert "standard input is not UTF-8" in run("generate", probes["prose"], "-", stdin=b"a\xff").error
     assert "standard input holds no prompt" in run("score", probes["prose"], "-", stdin=b"").error
+
+
+def test_an_error_is_one_line_even_if_what_it_names_is_not(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "two\nlines.jsonl", "{")
+    assert "two lines.jsonl, line 1: no JSON" in run("fit", path, "-o", tmp_path / "x.safetensors").error
 
 
 def test_what_is_certain_to_fail_fails_before_the_model_is_loaded(

@@ -87,6 +87,7 @@ def test_no_held_out_module_is_trained_on() -> None:
 def test_sources_that_do_not_decode_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "good.py").write_bytes("# coding: latin-1\nx = 'é'\n".encode("latin-1"))
     (tmp_path / "bad.py").write_bytes(b"x = '\xff'\n")
+    (tmp_path / "bad_later.py").write_bytes(b"\n" * 2000 + b"x = '\xff'\n")
     (tmp_path / "unknown.py").write_bytes(b"# coding: no-such-thing\n")
     assert read_sources(sorted(tmp_path.iterdir())) == ["# coding: latin-1\nx = 'é'\n"]
 

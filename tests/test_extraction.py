@@ -20,6 +20,7 @@ from einops import rearrange
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from lmprobe_tl import ExtractedActivations, extract_activations, extraction
 from lmprobe_tl.errors import EmptyMaskError, InputError, LmprobeError, PromptTooLongError, UnknownHookPointError
@@ -628,15 +629,16 @@ def test_the_model_is_as_it_was_after_success_and_after_errors(tiny: Tiny) -> No
             raise ZeroDivisionError("in the pooling callable")
         return activations[:, 0]
 
-    before = state_of(tiny.bridge)
-    extract_activations(tiny.bridge, TEXTS, "all", "mean", progress=False)
-    assert_unchanged(before, state_of(tiny.bridge))
+    model = load_model(tiny.folder)  # fresh: what other tests left changed would be no change
+    before = state_of(model)
+    extract_activations(model, TEXTS, "all", "mean", progress=False)
+    assert_unchanged(before, state_of(model))
     with pytest.raises(ZeroDivisionError, match="in the pooling callable"):
-        extract_activations(tiny.bridge, TEXTS, [0, 3], fails_at_the_second_batch, batch_size=4, progress=False)
-    assert_unchanged(before, state_of(tiny.bridge))
+        extract_activations(model, TEXTS, [0, 3], fails_at_the_second_batch, batch_size=4, progress=False)
+    assert_unchanged(before, state_of(model))
     with pytest.raises(InputError, match="the pooling callable returned"):
-        extract_activations(tiny.bridge, TEXTS, [0, 3], lambda activations, mask: activations, progress=False)
-    assert_unchanged(before, state_of(tiny.bridge))
+        extract_activations(model, TEXTS, [0, 3], lambda activations, mask: activations, progress=False)
+    assert_unchanged(before, state_of(model))
 
 
 def test_hooks_of_the_user_stay_and_are_seen(gpt2: Tiny) -> None:
@@ -686,6 +688,19 @@ def test_the_progress_bar_counts_prompts_where_it_is_wanted(
     assert ("activations" in stream.getvalue() and "/6" in stream.getvalue()) is shown
     assert bool(stream.getvalue()) is shown
     assert capsys.readouterr().out == ""
+
+
+def test_the_progress_bar_arrives_at_the_number_of_prompts(gpt2: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Any] = []
+
+    class Bar(tqdm):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, file=io.StringIO())
+            bars.append(self)
+
+    monkeypatch.setattr(extraction, "tqdm", Bar)
+    extract_activations(gpt2.bridge, TEXTS, 0, progress=True, batch_size=4)
+    assert [(bar.n, bar.total) for bar in bars] == [(6, 6)]
 
 
 def test_the_progress_bar_goes_to_stderr(gpt2: Tiny, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,9 +78,19 @@ def test_every_live_score_equals_a_full_recompute(tiny: Tiny, do_sample: bool, u
         assert_same(result.scores["alias"], result.scores["canonical"])
 
 
-@pytest.mark.parametrize("hook_name", ["blocks.0.hook_in", "blocks.2.hook_resid_post"])
-def test_one_probe_and_one_prompt_as_a_chat_of_length_one(tiny: Tiny, hook_name: str) -> None:
-    probe = make_probe(hook_points="blocks.1.hook_in" if hook_name == "blocks.0.hook_in" else hook_name)
+@pytest.mark.parametrize("use_past_kv_cache", [True, False], ids=["cache", "no cache"])
+def test_the_cache_is_used_or_not_as_asked(gpt2: Tiny, use_past_kv_cache: bool) -> None:
+    widths: list[int] = []
+    watch = [("blocks.0.hook_in", lambda activations, hook: widths.append(activations.shape[1]))]
+    with gpt2.bridge.hooks(fwd_hooks=watch):
+        (result,) = generate(gpt2, make_probe(), ["cats"], max_new_tokens=4, use_past_kv_cache=use_past_kv_cache)
+    prompt = result.prompt_length
+    assert widths == ([prompt, 1, 1, 1] if use_past_kv_cache else [prompt, prompt + 1, prompt + 2, prompt + 3])
+
+
+@pytest.mark.parametrize("hook_name", ["blocks.1.hook_in", "blocks.2.hook_resid_post"])
+def test_one_probe_one_prompt_and_one_new_token(tiny: Tiny, hook_name: str) -> None:
+    probe = make_probe(hook_points=hook_name)
     (result,) = generate(tiny, probe, ["rain and sun"], max_new_tokens=1)
     assert len(result.tokens) == result.prompt_length + 1
     assert_row(tiny, result.tokens.tolist()[:-1], [probe], result.scores, result.running)
@@ -122,6 +131,22 @@ def test_rows_may_end_at_any_of_several_end_of_sequence_tokens(gpt2: Tiny, monke
     assert [result.stopped_by for result in results] == ["eos", "eos", "max_new_tokens"]
     for result in results:
         assert_row(gpt2, result.tokens.tolist()[:-1], many_probes(), result.scores, result.running)
+
+
+def test_the_text_has_no_special_tokens_and_the_tokens_have(gpt2: Tiny) -> None:
+    steps: list[int] = []
+
+    def end_at_the_third_step(logits: torch.Tensor, hook: Any) -> torch.Tensor:
+        steps.append(0)
+        changed = logits.clone()
+        changed[:, -1, EOS] = 1e4 if len(steps) == 3 else -1e4
+        return changed
+
+    with gpt2.bridge.hooks(fwd_hooks=[("unembed.hook_out", end_at_the_third_step)]):
+        (result,) = generate(gpt2, make_probe(), ["cats"])
+    assert (result.stopped_by, len(result.tokens), result.tokens[-1]) == ("eos", result.prompt_length + 3, EOS)
+    assert result.text == gpt2.tokenizer.decode(result.tokens[result.prompt_length : -1])
+    assert "<eos>" not in result.text
 
 
 def test_an_end_of_sequence_token_in_the_prompt_ends_nothing(llama: Tiny) -> None:
@@ -447,12 +472,3 @@ def test_activations_that_are_not_finite_are_an_error_and_no_score(gpt2: Tiny) -
     with gpt2.bridge.hooks(fwd_hooks=[("blocks.2.hook_out", spoil)]), pytest.raises(MonitorError) as caught:
         generate(gpt2, make_probe())
     assert f"not finite at position {len(encode(gpt2, PROMPTS[1])) + 1} of row 1" in str(caught.value)
-
-
-def test_results_say_nothing_of_other_rows(gpt2: Tiny) -> None:
-    results = generate(gpt2, many_probes())
-    for result in results:
-        copied = replace(result, text="changed")
-        assert copied.tokens is result.tokens
-        lengths = {len(scores) for scores in [*result.scores.values(), *result.running.values()]}
-        assert lengths == {len(result.tokens) - 1}

@@ -145,7 +145,7 @@ def test_a_misspelt_name_suggests_the_closest(gpt2: Tiny, misspelt: str, closest
 
 @pytest.mark.parametrize("name", ["", "??", "Blocks", "ALL"])
 def test_a_name_like_no_other_suggests_nothing_wrong(gpt2: Tiny, name: str) -> None:
-    with pytest.raises(UnknownHookPointError, match=r"has no hook point '.*'\. All names: model\.hook_dict"):
+    with pytest.raises(UnknownHookPointError, match=r"has no hook point '[^']*'\. All names: model\.hook_dict"):
         resolve_hook_points(gpt2.bridge, name)
 
 

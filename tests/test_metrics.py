@@ -239,7 +239,10 @@ def test_resamples_that_miss_a_class_are_counted_and_spoil_the_interval_only_in_
     assert 400 < one_each.n_skipped < 600
     rare = bootstrap_interval(auroc, np.arange(30) == 0, np.arange(30.0), n_bootstrap=300)  # missed with (29/30)^30 = .36
     assert 0.25 < rare.n_skipped / 300 < 0.48
-    assert rare.low is not None
+    assert rare.low is None  # one group with the positive class says nothing of others
+    enough = bootstrap_interval(auroc, np.arange(30) < 5, np.arange(30.0), n_bootstrap=100)
+    assert enough.low is not None
+    assert bootstrap_interval(auroc, np.arange(30) < 4, np.arange(30.0), n_bootstrap=100).low is None
     scarce = bootstrap_interval(auroc, [0, 1, 2], np.eye(3), n_bootstrap=300)  # all three drawn with 6/27
     assert scarce.n_skipped > 200
     assert scarce.low is None

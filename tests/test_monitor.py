@@ -205,6 +205,10 @@ def test_a_later_token_with_the_id_of_bos_counts(llama: Tiny) -> None:
         llama.bridge(torch.tensor([ids]))
     scores = probe.probabilities(features_of(llama, ids, probe))
     assert_same(monitor.running_scores("p")[0][-1], scores[1:].mean())
+    with attach_probes(llama.bridge, probe) as monitor, torch.no_grad():  # in passes of their own, too
+        _, cache = llama.bridge(torch.tensor([ids[:2]]), return_type="logits_and_cache", use_cache=True)
+        llama.bridge(torch.tensor([ids[2:]]), past_key_values=cache)
+    assert_same(monitor.running_scores("p")[0][-1], scores[1:].mean())
 
 
 class Fake:
@@ -422,7 +426,7 @@ def test_a_row_that_goes_on_after_eos_is_never_cut_in_silence(gpt2: Tiny) -> Non
     with attach_probes(gpt2.bridge, make_probe()) as monitor:
         generate()
     for read in (monitor.tokens, monitor.alarms, lambda: monitor.token_scores("p"), lambda: monitor.running_scores("p")):
-        with pytest.raises(MonitorError, match=r"row 1 went on after an end-of-sequence token .*eos_token_id"):
+        with pytest.raises(MonitorError, match=r"row 1 went on after it had ended .*eos_token_id"):
             read()
     hooks[0] = ("unembed.hook_out", forced(EOS, 2, row=1))
     with attach_probes(gpt2.bridge, make_probe(), eos_token_id=[]) as monitor:
@@ -501,6 +505,56 @@ def test_the_stopping_criterion_checks_the_number_of_rows(gpt2: Tiny) -> None:
         gpt2.bridge(torch.tensor([[5, 6]]))
         with pytest.raises(MonitorError, match="1 rows were scored, but generate asks about 2"):
             monitor.stopping_criteria()(torch.zeros(2, 4), None)
+
+
+@pytest.mark.parametrize("inference", ["score:max", "last_token"])
+def test_a_row_that_has_crossed_stays_stopped_whatever_comes_after(inference: str) -> None:
+    probe = make_probe(inference=inference).with_threshold(0.0, unit="logit")
+    high = 50 * probe.direction[0] / probe.direction.norm()
+    activations = torch.stack([torch.stack([-high] * 6), torch.stack([-high, high, *[-high] * 4])])
+    monitor = Monitor(Fake(), [probe])
+    criterion = monitor.stopping_criteria()
+    tokens = torch.arange(5, 11).repeat(2, 1)
+    tokens[1, 5] = PAD  # after the token that was sampled with the stop, generation feeds fillers
+    feed(monitor, tokens, None, activations, 0, 2)
+    feed(monitor, tokens, None, activations, 2, 4)  # the prompt in two chunks
+    for column in (4, 5):
+        assert criterion(tokens[:, : column + 1], None).tolist() == [False, True]
+        feed(monitor, tokens, None, activations, column, column + 1)
+    assert [len(scores) for scores in monitor.token_scores("p")] == [6, 4]
+    assert [[alarm.position for alarm in found] for found in monitor.alarms()] == [[], [1]]
+
+
+def test_a_generation_that_goes_on_after_a_stop_is_another_one(gpt2: Tiny) -> None:
+    """Its scores are all there; or, where other rows had not stopped, an error says that some are not."""
+    always = make_probe().with_threshold(0.0)
+    tokens = torch.tensor([[BOS, 40, 50, 60]])
+    with attach_probes(gpt2.bridge, always) as monitor:
+        stopped = gpt2.bridge.generate(tokens, stopping_criteria=monitor.stopping_criteria(), verbose=False, **GREEDY)
+        output = gpt2.bridge.generate(stopped, stop_at_eos=False, verbose=False, **GREEDY)
+    assert len(monitor.runs) == 2
+    assert_monitor(gpt2, monitor, [output[0, :-1].tolist()], [always])
+
+    probe = make_probe().with_threshold(0.0, unit="logit")
+    high = 50 * probe.direction[0] / probe.direction.norm()
+    monitor, both = Monitor(Fake(), [probe]), torch.arange(5, 11).repeat(2, 1)
+    activations = torch.stack([torch.stack([-high] * 6), torch.stack([high] * 6)])
+    criterion = monitor.stopping_criteria()
+    for column in range(6):  # row 1 stops at once, and real tokens go on
+        feed(monitor, both, None, activations, column, column + 1)
+        criterion(both[:, : column + 1], None)
+    with pytest.raises(MonitorError, match="row 1 went on after it had ended"):
+        monitor.token_scores("p")
+
+
+def test_a_model_with_dropout_at_work_is_refused(gpt2: Tiny) -> None:
+    dropout = next(part for part in gpt2.bridge.original_model.modules() if isinstance(part, torch.nn.Dropout))
+    dropout.training, rate, dropout.p = True, dropout.p, 0.1
+    try:
+        with pytest.raises(MonitorError, match="model.eval"), attach_probes(gpt2.bridge, make_probe()):
+            pass
+    finally:
+        dropout.training, dropout.p = False, rate
 
 
 # --- events ---
@@ -773,9 +827,33 @@ def test_a_probe_of_the_centred_stream_is_moved_to_the_raw_one(gpt2: Tiny, centr
         assert_same(moved, expected)
 
 
+def test_one_token_that_looks_centred_by_chance_is_no_evidence() -> None:
+    tokens, activations = torch.tensor([[BOS, 9, 10]] * 2), torch.randn(2, 3, D_MODEL)
+    activations[:, 0] -= activations[:, 0].mean(dim=-1, keepdim=True)
+    monitor = Monitor(Fake(), [make_probe()])
+    for end in (1, 2, 3):
+        feed(monitor, tokens, None, activations, end - 1, end)
+    assert len(monitor.token_scores("p")[0]) == 3
+    activations -= activations.mean(dim=-1, keepdim=True)
+    monitor = Monitor(Fake(), [make_probe()])
+    feed(monitor, tokens, None, activations, 0, 1)
+    with pytest.raises(IncompatibleProbeError, match="raw residual stream"):
+        feed(monitor, tokens, None, activations, 1, 2)
+    with pytest.raises(IncompatibleProbeError, match="raw residual stream"):  # one token a row, but several
+        feed(Monitor(Fake(), [make_probe()]), tokens.T[1:], None, activations.transpose(0, 1)[1:], 0, 1)
+
+
+def test_with_rmsnorm_there_is_no_other_basis() -> None:
+    model = Fake()
+    model.cfg = SimpleNamespace(eos_token_id=EOS, normalization_type="RMS")  # type: ignore[misc]
+    monitor = Monitor(model, [make_probe()])
+    feed(monitor, torch.tensor([[5, 6, 7]]), None, torch.zeros(1, 3, D_MODEL), 0, 3)
+    assert len(monitor.tokens()[0]) == 3
+
+
 def test_a_chunk_of_nothing_but_pads_says_nothing_of_the_basis() -> None:
     monitor = Monitor(Fake(), [make_probe()])
-    tokens = torch.full((2, 6), 9)
+    tokens = torch.arange(5, 11).repeat(2, 1)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)
     activations = torch.randn(2, 6, D_MODEL)
     feed(monitor, tokens, mask, activations, 0, 2)

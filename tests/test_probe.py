@@ -397,11 +397,19 @@ def test_equal_prompt_weight(llama: Tiny) -> None:
     lengths = np.diff(acts.offsets.numpy())
     y = np.repeat(labels, lengths)
     reference = LogisticRegression(C=0.1, max_iter=5000)
-    reference.fit(acts.concatenated().double(), y, sample_weight=np.repeat(1 / lengths, lengths))
+    weight = np.repeat(1 / lengths, lengths)
+    reference.fit(acts.concatenated().double(), y, sample_weight=weight * len(weight) / weight.sum())
     np.testing.assert_allclose(equal.classifier_.coef_, reference.coef_, atol=1e-3)
     assert np.abs(plain.classifier_.coef_ - equal.classifier_.coef_).max() > 1e-2
     with pytest.raises(InputError, match="no sample weights"):
         make_probe(llama, pooling="all", classifier=KNeighborsClassifier(), equal_prompt_weight=True).fit(prompts, labels)
+
+
+def test_equal_prompt_weight_changes_nothing_where_prompts_are_equally_long(llama: Tiny) -> None:
+    prompts = [torch.randint(3, 300, (6,), generator=torch.Generator().manual_seed(row)) for row in range(12)]
+    plain = make_probe(llama, pooling="all").fit(prompts, [0, 1] * 6)
+    equal = make_probe(llama, pooling="all", equal_prompt_weight=True).fit(prompts, [0, 1] * 6)
+    torch.testing.assert_close(equal.weights_.direction, plain.weights_.direction, rtol=1e-3, atol=1e-5)
 
 
 def test_a_search_inside_the_classifier_never_parts_a_prompt(llama: Tiny) -> None:
@@ -478,3 +486,58 @@ def test_save_equals_weights_save_and_keeps_metrics(llama: Tiny, tmp_path: Any) 
     assert loaded.spec.training.class_counts == (LABELS.count(0), LABELS.count(1))
     assert loaded.spec.model.id == "tiny-llama"  # a name, never a path
     assert str(llama.folder.parent).encode() not in (tmp_path / "d.safetensors").read_bytes()
+
+
+def test_certain_probabilities_do_not_hide_the_ranking(llama: Tiny) -> None:
+    """With huge logits all probabilities are 1.0; metrics still rank by what the classifier says."""
+    probe = make_probe(llama, inference_pooling="score:max").fit(PROMPTS, LABELS)
+    before = probe.evaluate(PROMPTS, LABELS, fpr=0.3, n_bootstrap=10)
+    final = probe.classifier_.steps[-1][1]
+    final.coef_, final.intercept_ = final.coef_ * 1e5, final.intercept_ * 1e5 + 1e6
+    assert (probe.predict_proba(PROMPTS)[:, 1] == 1).all()
+    after = probe.evaluate(PROMPTS, LABELS, fpr=0.3, n_bootstrap=10)
+    assert after.auroc == before.auroc
+    assert after.tpr_at_fpr == before.tpr_at_fpr
+
+
+def test_weights_follow_parameters_that_change_after_fit(llama: Tiny) -> None:
+    probe = make_probe(llama).fit(PROMPTS, LABELS)
+    assert probe.weights_.name == "probe"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        probe.set_params(name="new", inference_pooling="score:max")
+    assert probe.weights_.name == "new"
+    assert probe.weights_.spec.pooling.inference == "score:max"
+
+
+def test_a_forest_that_is_certain_gives_finite_scores(llama: Tiny) -> None:
+    probe = make_probe(
+        llama, train_pooling="all", inference_pooling="score:softmax(2)", classifier=KNeighborsClassifier(1)
+    ).fit(PROMPTS, LABELS)
+    assert np.isfinite(probe.decision_function(PROMPTS)).all()
+    assert np.isfinite(probe.predict_proba(PROMPTS)).all()
+
+
+def test_metrics_of_tokens_say_so_in_the_file(llama: Tiny) -> None:
+    probe = make_probe(llama, pooling="all").fit(PROMPTS, LABELS)
+    evaluation = probe.evaluate(PROMPTS, LABELS, n_bootstrap=10)
+    records = evaluation.records()
+    assert set(records) == {"token_auroc", "token_accuracy", "token_tpr_at_fpr_0.01"}
+    assert records["token_auroc"].n == evaluation.n_examples > 40
+    too_few = probe.evaluate(PROMPTS[:1], [[0, 1] + [0] * (len(probe.predict(PROMPTS[:1])[0]) - 2)])
+    assert too_few.auroc.low is None
+    assert too_few.records()["token_auroc"].confidence is None
+
+
+def test_pooling_that_depends_on_centring_is_refused_when_saved(gpt2: Tiny, llama: Tiny) -> None:
+    probe = make_probe(gpt2, inference_pooling="activation:max").fit(PROMPTS, LABELS)
+    assert probe.predict_proba(PROMPTS).shape == (40, 2)
+    with pytest.raises(InputError, match="LayerNorm"):
+        probe.to_weights()
+    assert make_probe(llama, inference_pooling="activation:max").fit(PROMPTS, LABELS).to_weights().name == "probe"
+
+
+def test_activations_that_are_all_the_same_teach_nothing(llama: Tiny) -> None:
+    with pytest.raises(InputError, match="sees nothing but BOS"):
+        make_probe(llama, pooling="first_token").fit(PROMPTS, LABELS)
+    make_probe(llama, pooling="first_token", prepend_bos=False).fit(PROMPTS, LABELS)

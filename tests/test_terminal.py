@@ -30,6 +30,16 @@ class Bytes:
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
 
+class Pieces:
+    """A tokenizer of the given pieces of text."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = pieces
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(self.pieces[token] for token in ids)
+
+
 class Words:
     """A tokenizer as SentencePiece makes them: tokens begin with a space, and decoding drops the first one."""
 
@@ -116,12 +126,7 @@ def test_the_prompt_is_dim_and_what_is_generated_is_not() -> None:
 
 def test_a_line_end_never_carries_a_background() -> None:
     words = ["a\n", "\n  b", "  \n", "\t", "c\n\nd", "\n"]
-
-    class Pieces:
-        def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-            return "".join(words[token] for token in ids)
-
-    output = shown(list(range(len(words))), tokenizer=Pieces(), to=console(colour=True))
+    output = shown(list(range(len(words))), tokenizer=Pieces(*words), to=console(colour=True))
     for text, codes in painted(output):
         assert not (codes and "\n" in text), (text, codes)
         assert not (codes and not text.strip()), "blanks are painted"
@@ -243,9 +248,10 @@ def test_long_text_is_never_broken_into_lines(colour: bool) -> None:
     assert ESCAPE.sub("", shown(list(text.encode()), to=console(colour=colour, width=12))) == text + "\n"
 
 
+@pytest.mark.parametrize("colour", [False, True])
 @pytest.mark.parametrize("text", ["[bold]a[/bold] [b", ":smile: :+1:", "https://a.b 123 'x' True"])
-def test_text_that_looks_like_markup_stays_text(text: str) -> None:
-    runs = painted(shown(list(text.encode()), to=console(colour=True)))
+def test_a_token_that_looks_like_markup_stays_text(text: str, colour: bool) -> None:
+    runs = painted(shown([0], tokenizer=Pieces(text), to=console(colour=colour)))
     assert "".join(part for part, _ in runs) == text + "\n"
     assert len({codes for part, codes in runs if part.strip()}) == 1
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-MODEL_FOLDER = Path(__file__).parent / "model"
+MODEL_FOLDER = Path(__file__).parent / "stdlib-llama-3m"
 
 
 def load_demo_model() -> Any:

@@ -1,6 +1,6 @@
 """Train the embedded demo model: a 3 M parameter Llama on the source of Python's standard library.
 
-    python -m lmprobe_tl.demo.train_model --out lmprobe_tl/demo/model --work build/demo-model
+    python -m lmprobe_tl.demo.train_model --out lmprobe_tl/demo/stdlib-llama-3m --work build/demo-model
 
 writes a Hugging Face folder (config, tokenizer, float16 safetensors, `training.json` with the losses and the baselines).
 About 50 minutes on two CPU cores; it resumes from its last checkpoint in `--work`.

@@ -14,6 +14,7 @@ from sklearn.pipeline import Pipeline
 from lmprobe_tl.errors import InputError
 
 Array = NDArray[Any]
+_CERTAIN = 1e-12
 
 
 def fit_classifier(
@@ -62,9 +63,9 @@ def logits_of(classifier: Any, features: Array) -> Array:
     """
     if hasattr(classifier, "decision_function"):
         return np.asarray(classifier.decision_function(features))
-    probabilities = np.asarray(classifier.predict_proba(features))
-    with np.errstate(divide="ignore"):
-        return logit(probabilities[:, 1]) if probabilities.shape[1] == 2 else np.log(probabilities)
+    # Clipped, since a forest is easily certain, and infinite logits have no mean.
+    probabilities = np.clip(classifier.predict_proba(features), _CERTAIN, 1 - _CERTAIN)
+    return logit(probabilities[:, 1]) if probabilities.shape[1] == 2 else np.log(probabilities)
 
 
 def probabilities_of(classifier: Any, features: Array) -> Array:
