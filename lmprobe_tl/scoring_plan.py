@@ -34,14 +34,6 @@ class LiveReduction:
     unit: str
     counts_bos: bool
 
-    def comparable(self, threshold: float, unit: str) -> float:
-        """The threshold in the unit of the running score."""
-        if unit == self.unit:
-            return threshold
-        if self.unit == "logit":
-            return _logit(threshold)
-        return 1 / (1 + math.exp(-threshold)) if threshold > -700 else 0.0
-
     def in_unit(self, values: Tensor, unit: str) -> Tensor:
         """Values of the online reduction of a binary probe as 'probability' or 'logit', whatever it runs in."""
         if self.before == "none":

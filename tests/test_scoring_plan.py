@@ -110,24 +110,14 @@ def test_the_last_bit_of_a_score_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(alone, together[:2000])
 
 
-def test_thresholds_turn_into_the_unit_of_the_score() -> None:
-    on_probabilities, on_logits = live_reduction(make_probe()), live_reduction(make_probe(inference="score:softmax(1)"))
-    assert (on_probabilities.unit, on_logits.unit) == ("probability", "logit")
-    assert on_probabilities.comparable(0.9, "probability") == 0.9
-    assert on_probabilities.comparable(math.log(9), "logit") == pytest.approx(0.9)
-    assert on_probabilities.comparable(-1e4, "logit") == 0.0
-    assert on_logits.comparable(2.5, "logit") == 2.5
-    assert on_logits.comparable(0.9, "probability") == pytest.approx(math.log(9))
-    assert on_logits.comparable(0.0, "probability") == -math.inf
-    assert on_logits.comparable(1.0, "probability") == math.inf
-
-
 def test_a_probe_without_a_threshold_flags_at_one_half() -> None:
     assert threshold_of(make_probe()) == (0.5, "probability")
     assert threshold_logit(make_probe()) == 0.0
     assert threshold_of(make_probe().with_threshold(2.0, unit="logit")) == (2.0, "logit")
     assert threshold_logit(make_probe().with_threshold(2.0, unit="logit")) == 2.0
     assert threshold_logit(make_probe().with_threshold(0.9)) == pytest.approx(math.log(9))
+    extremes = [threshold_logit(make_probe().with_threshold(probability)) for probability in (0.0, 1.0)]
+    assert extremes == [-math.inf, math.inf]
 
 
 def test_only_the_first_token_and_included_bos_count_bos() -> None:
