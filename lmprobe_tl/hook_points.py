@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from lmprobe_tl.errors import InputError, MonitorError, UnknownHookPointError
+from lmprobe_tl.forward_watch import ForwardCall as ForwardCall
+from lmprobe_tl.forward_watch import watch_forward as watch_forward
 from lmprobe_tl.probe_spec import ModelRecord, Normalization
 
 HookPoints = int | str | Sequence[int | str]
@@ -215,44 +217,6 @@ def hooks_on(model: Any, callbacks: Mapping[str, Callable[[Tensor], None]]) -> I
         for hook_name, callback in callbacks.items():
             stack.callback(add_hook(model, hook_name, callback).remove)
         yield
-
-
-@dataclass(frozen=True)
-class ForwardCall:
-    """What a model was called with: `tokens` [batch new], of which the first stands at column `start` of the whole sequence,
-    and `attention_mask` [batch columns], None where every token is real."""
-
-    tokens: Tensor
-    start: int
-    attention_mask: Tensor | None
-
-
-def watch_forward(model: Any, callback: Callable[[ForwardCall], None]) -> Any:
-    """Call `callback` before every forward pass of the model, also inside `generate`; returns a handle with `remove()`."""
-    module = getattr(model, "original_model", model)
-
-    def before_forward(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        callback(_forward_call(arguments, named))
-
-    return module.register_forward_pre_hook(before_forward, with_kwargs=True)
-
-
-def _forward_call(arguments: tuple[Any, ...], named: dict[str, Any]) -> ForwardCall:
-    tokens = arguments[0] if arguments else named.get("input_ids", named.get("input"))
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point():
-        got = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise MonitorError(f"live scoring needs token ids [batch pos] as the model's input; it got {got}.")
-    cache = named.get("past_key_values")
-    start = int(cache.get_seq_length()) if cache is not None else 0
-    mask = named.get("attention_mask")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (tokens.shape[0], start + tokens.shape[1])):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise MonitorError(
-            "live scoring needs an attention mask [batch pos] that covers the "
-            f"{start + tokens.shape[1]} columns so far; the "
-            f"model was called with one of shape {shape}."
-        )
-    return ForwardCall(tokens, start, mask)
 
 
 # --- forward passes ----------------------------------------------------------------------------------------------------
