@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmprobe_tl.errors import InputError, PromptTooLongError
+from lmprobe_tl.generate_call import generate_without_mask, ignores
 from lmprobe_tl.hook_points import context_length, device_of, end_of_sequence_ids, forward_once, inference_mode, load_model
 from lmprobe_tl.live_events import OnToken
 from lmprobe_tl.live_run import Alarm, LiveRun
@@ -84,20 +85,23 @@ def monitored_generate(
     tokens, mask = pad_rows(rows, pad_token_id=pad_id(model), side="left", device=device_of(model))
     eos = end_of_sequence_ids(model)
     with inference_mode(model), attach_probes(model, loaded, on_token=on_token, strict=strict) as monitor:
-        output = model.generate(
-            tokens,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            stop_at_eos=bool(eos),
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            use_past_kv_cache=use_past_kv_cache,
-            return_type="tokens",
-            verbose=False,
-            stopping_criteria=monitor.stopping_criteria() if stop else None,
-        )
+        settings = {
+            "max_new_tokens": max_new_tokens,
+            "stop_at_eos": bool(eos),
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "use_past_kv_cache": use_past_kv_cache,
+            "return_type": "tokens",
+            "verbose": False,
+        }
+        if ignores(model, "attention_mask"):
+            stop_rows = monitor.stop_rows if stop else None
+            output = generate_without_mask(model, tokens, mask, settings, end_ids=eos, stop_rows=stop_rows)
+        else:
+            criteria = monitor.stopping_criteria() if stop else None
+            output = model.generate(tokens, attention_mask=mask, stopping_criteria=criteria, **settings)
         ends = _ends(monitor, rows, output[:, tokens.shape[1] :], eos, stop)
         finished = [row + generated for row, (generated, _) in zip(rows, ends, strict=True)]
         live = _Scores.of(monitor.runs[-1])

@@ -27,9 +27,10 @@ HookPoints = int | str | Sequence[int | str]
 
 _LAYER = re.compile(r"^blocks\.(\d+)\.")
 _NORMALIZATIONS: dict[str, Normalization] = {"LN": "layernorm", "LNPre": "layernorm", "RMS": "rmsnorm", "RMSPre": "rmsnorm"}
-# Of what a config holds, the entries that shape the residual stream; paths, devices and dtypes stay out.
+# Of what a config holds, the entries that shape the residual stream. Paths, devices and dtypes stay out, and so does the
+# context length, which HookedTransformer cuts to 2048 to save memory.
 _FINGERPRINT_KEYS = (
-    "d_model", "n_layers", "n_heads", "d_head", "d_mlp", "d_vocab", "n_ctx", "act_fn", "architecture",
+    "d_model", "n_layers", "n_heads", "d_head", "d_mlp", "d_vocab", "act_fn", "architecture",
     "normalization_type", "positional_embedding_type", "parallel_attn_mlp",
 )  # fmt: skip
 # Centred streams measure 1e-7, raw ones 0.01 and more.
@@ -108,6 +109,10 @@ def end_of_sequence_ids(model: Any) -> tuple[int, ...]:
 def model_record(model: Any) -> ModelRecord:
     """Identity of a model for a probe file: its name (never a path), and a fingerprint of its architecture."""
     config = {key: _plain(getattr(model.cfg, key, None)) for key in _FINGERPRINT_KEYS}
+    # The same facts in HookedTransformer's words: another key, and 'LNPre' where the norm's weights were folded away.
+    config["architecture"] = config["architecture"] or _plain(getattr(model.cfg, "original_architecture", None))
+    norm = config["normalization_type"]
+    config["normalization_type"] = norm.removesuffix("Pre") if isinstance(norm, str) else norm
     name = str(getattr(model.cfg, "model_name", None) or "unnamed")
     if Path(name).is_absolute() or name.startswith("."):
         name = Path(name).name

@@ -19,8 +19,9 @@ from lmprobe_tl.errors import (
     MonitorError,
     ProbeNeverFiredError,
 )
+from lmprobe_tl.forward_watch import ForwardCall, check_is_watched, watch_forward
+from lmprobe_tl.generate_call import ignores
 from lmprobe_tl.hook_points import (
-    ForwardCall,
     add_hook,
     is_centred,
     layer_count,
@@ -28,7 +29,6 @@ from lmprobe_tl.hook_points import (
     model_record,
     normalization,
     unknown_hook_point,
-    watch_forward,
     width,
 )
 from lmprobe_tl.live_events import EventReporter, OnToken
@@ -55,6 +55,7 @@ class Monitor:
         self.runs: list[LiveRun] = []
         self._bos, self._ends = bos_id(model), ends or row_ends(model)
         self._pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+        self._criteria_ignored = ignores(model, "stopping_criteria")
         self._on_token = on_token
         self._reporter = EventReporter(on_token) if on_token else None
         self._call: ForwardCall | None = None
@@ -98,20 +99,34 @@ class Monitor:
 
         The criterion is asked after a token was sampled, so the row's output ends one token after the one that crossed.
         """
-        if not any(probe.is_binary for probe in self.plan.probes.values()):
-            raise InputError("no attached probe has two classes, and only these have a threshold to stop at.")
+        self._check_can_stop()
+        if self._criteria_ignored:
+            raise InputError(
+                "this model's generate has no argument stopping_criteria, and a HookedTransformer's would pass over one. "
+                "Use monitored_generate(..., stop=True), which ends rows in another way there."
+            )
         from transformers import StoppingCriteria, StoppingCriteriaList
 
         monitor = self
 
         class StopAtThreshold(StoppingCriteria):
             def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-                done = monitor._current_run().stop_rows().to(input_ids.device)
+                done = monitor.stop_rows().to(input_ids.device)
                 if done.shape != input_ids.shape[:1]:
                     raise MonitorError(f"{done.shape[0]} rows were scored, but generate asks about {input_ids.shape[0]}.")
                 return done
 
         return StoppingCriteriaList([StopAtThreshold()])
+
+    def stop_rows(self) -> Tensor:
+        """[batch] bool: rows in which some probe's running score has reached its threshold. What follows in these, but for
+        an end token or a pad, is an error."""
+        self._check_can_stop()
+        return self._current_run().stop_rows()
+
+    def _check_can_stop(self) -> None:
+        if not any(probe.is_binary for probe in self.plan.probes.values()):
+            raise InputError("no attached probe has two classes, and only these have a threshold to stop at.")
 
     def _current_run(self) -> LiveRun:
         if not self.runs or not self.runs[-1].n_columns:
@@ -258,6 +273,7 @@ def attach_probes(
     with ExitStack() as stack:
         stack.callback(watch_forward(model, monitor.before_forward).remove)
         for hook_name in monitor.plan.hooks:
+            check_is_watched(model, hook_name)
             stack.callback(add_hook(model, hook_name, partial(monitor.on_activations, hook_name)).remove)
         yield monitor
         monitor._check_fired()

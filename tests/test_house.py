@@ -19,7 +19,7 @@ FLOORS = {
     1: {"masks", "pooling", "reductions", "online"},
     2: {"probe_spec", "weights", "probe_file", "labels", "metrics", "provenance"}
     | {"estimators", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"},
-    3: {"forward_watch", "hook_points", "tokens", "extraction", "scoring_plan", "live_run", "live_events"},
+    3: {"forward_watch", "generate_call", "hook_points", "tokens", "extraction", "scoring_plan", "live_run", "live_events"},
     4: {"inference", "evaluation", "probe", "monitor", "generation", "scoring"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
     6: {"cli", "colours", "records", "report", "terminal", "token_text"},
