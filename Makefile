@@ -1,14 +1,18 @@
-# `make demo` and `make test` set up .venv when it is missing; after that they need no network.
+# `make demo` and `make test` set up .venv when it is missing, `make test-tl3` .venv-tl3; after that they need no network.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check demo-model clean
+.PHONY: demo test test-tl3 check demo-model clean
 
 demo: .venv/installed
 	$(BIN)/lmprobe-tl demo
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+# Under TransformerLens 3.9, beside SAELens, in an environment of its own: the two versions cannot share one.
+test-tl3: .venv-tl3/installed
+	.venv-tl3/bin/python -m pytest tests/tl3
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -19,10 +23,19 @@ check: .venv/installed-dev
 demo-model: .venv/installed
 	$(BIN)/python -m lmprobe_tl.demo.train_model --out lmprobe_tl/demo/stdlib-llama-3m --work build/demo-model
 
-.venv/created:
+define new-venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lmprobe-tl needs Python 3.11 or later; '$(PYTHON)' is older. Run: make PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv --clear $(@D)
+endef
+
+.venv/created:
+	$(new-venv)
+	@touch $@
+
+.venv-tl3/installed: pyproject.toml constraints-tl3.txt
+	$(new-venv)
+	.venv-tl3/bin/python -m pip install --quiet --constraint constraints-tl3.txt --editable . sae-lens pytest hypothesis
 	@touch $@
 
 .venv/installed: .venv/created pyproject.toml constraints.txt
@@ -34,4 +47,4 @@ demo-model: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv build lmprobe-demo
+	rm -rf .venv .venv-tl3 build lmprobe-demo

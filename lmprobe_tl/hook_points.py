@@ -176,6 +176,12 @@ def _full_name(model: Any, hook_point: int | str) -> str:
 
 def unknown_hook_point(model: Any, name: str) -> str:
     """What to tell of a hook point that the model does not have."""
+    inside = next((other for other in model.hook_dict if other.startswith(f"{name}.")), None)
+    if inside is not None and name.rpartition(".")[2].startswith("hook_"):
+        return (
+            f"this model has another module in the place of hook point {name!r}, with hook points of its own such as "
+            f"{inside!r}: an attached SAE or adapter. Take it off first (model.reset_saes() for SAEs)."
+        )
     close = difflib.get_close_matches(name, list(model.hook_dict), n=1, cutoff=0.5)
     closest = f" Closest: {close[0]!r}." if close else ""
     return f"this model ({layer_count(model)} layers) has no hook point {name!r}.{closest} All names: model.hook_dict"

@@ -88,7 +88,8 @@ class LiveRun:
         if call.start > self.n_columns:
             raise MonitorError(
                 f"columns {self.n_columns} to {call.start - 1} were never scored: the model was called with a cache of "
-                f"{call.start} tokens. Attach the probes before the prompt is processed."
+                f"{call.start} tokens. Attach the probes before the prompt is processed, and after anything that replaces "
+                "hook points (an SAE, an adapter)."
             )
         if 0 < call.start < self.n_columns:
             raise MonitorError(

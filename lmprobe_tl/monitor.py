@@ -212,9 +212,13 @@ class Monitor:
             probes = sorted(p.name for p in self.plan.probes.values() if set(never) & set(p.hook_points))
             raise ProbeNeverFiredError(f"probes {probes} saw no activation: hook points {never} never fired. {_REPLACED}")
         if not self.runs[-1].n_columns:
-            raise ProbeNeverFiredError(
-                "the last forward pass did not reach all hook points of the attached probes. " + _REPLACED
-            )
+            raise ProbeNeverFiredError(_UNFINISHED)
+
+    def _check_finished(self) -> None:
+        """At the end of the block; in the middle of a pass, where a hook may read the scores so far, all is well."""
+        self._check_fired()
+        if self._call is not None:
+            raise ProbeNeverFiredError(_UNFINISHED)
 
 
 def _check_no_dropout(model: Any) -> None:
@@ -238,6 +242,7 @@ _REPLACED = (
     "Run the model inside the block (it must reach these layers: no early stop_at_layer), and attach after anything that "
     "replaces hook points (an SAE, an adapter) or resets hooks."
 )
+_UNFINISHED = "the last forward pass did not reach all hook points of the attached probes. " + _REPLACED
 
 
 @contextmanager
@@ -276,7 +281,7 @@ def attach_probes(
             check_is_watched(model, hook_name)
             stack.callback(add_hook(model, hook_name, partial(monitor.on_activations, hook_name)).remove)
         yield monitor
-        monitor._check_fired()
+        monitor._check_finished()
 
 
 def as_probes(probes: Any) -> list[ProbeWeights]:
