@@ -60,8 +60,8 @@ def monitored_generate(
     probes: as in `attach_probes`. stop: end a row at the first token whose running score reaches a probe's threshold; that
     token is the row's last. A prompt that crosses by itself gets no continuation. on_token: called with a `TokenEvent` for
     each token as it is scored. prepend_bos: None does as the probe files say. score_last_token: score the last sampled token
-    too, by one more forward pass over the whole batch. Sampling follows `TransformerBridge.generate` and torch's global
-    seed; `do_sample=False` is greedy.
+    too, by one more forward pass over the whole batch. Sampling follows the model's own `generate` and torch's global seed;
+    `do_sample=False` is greedy.
 
     Raises what `attach_probes` raises, and PromptTooLongError where prompt and new tokens exceed the model's context.
 

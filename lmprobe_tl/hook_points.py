@@ -1,6 +1,8 @@
 """Hook points by name: which a model has, hooks of our own on them, and forward passes that stop at the last wanted one.
 
-The only file that knows how TransformerLens models are built. It imports TransformerLens just to load a model by name.
+Beside `forward_watch` and `generate_call` the only file that knows how TransformerLens models are built: a TransformerBridge
+of version 3.9 or 4, or a HookedTransformer of 3.9, told apart by what they have. It imports TransformerLens just to load a
+model by name.
 """
 
 from __future__ import annotations

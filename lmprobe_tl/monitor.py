@@ -98,6 +98,7 @@ class Monitor:
         """For `model.generate(stopping_criteria=...)`: a row is done once a probe's running score has reached its threshold.
 
         The criterion is asked after a token was sampled, so the row's output ends one token after the one that crossed.
+        InputError where the model's generate takes no criteria, as HookedTransformer's.
         """
         self._check_can_stop()
         if self._criteria_ignored:
@@ -345,6 +346,11 @@ def check_compatible(model: Any, weights: ProbeWeights, *, strict: bool = False)
         )
 
 
+def _same_name(one: str, other: str | None) -> bool:
+    """Whether two names are one; HookedTransformer leaves out the organisation, 'gpt2' for 'openai-community/gpt2'."""
+    return one == other or one.endswith(f"/{other}") or str(other).endswith(f"/{one}")
+
+
 def _differences(model: Any, weights: ProbeWeights) -> Iterator[str]:
     there, here = weights.spec.model, model_record(model)
     if there is not None and there.config_fingerprint is not None and there.config_fingerprint != here.config_fingerprint:
@@ -352,7 +358,7 @@ def _differences(model: Any, weights: ProbeWeights) -> Iterator[str]:
             f"trained on {there.id!r} (config {there.config_fingerprint}), "
             f"attached to {here.id!r} ({here.config_fingerprint})."
         )
-    elif there is not None and there.id is not None and there.id != here.id:
+    elif there is not None and there.id is not None and not _same_name(there.id, here.id):
         yield f"trained on {there.id!r}, attached to {here.id!r}, a model of the same shape."
     fingerprint = weights.spec.tokenizer.fingerprint if weights.spec.tokenizer else None
     if fingerprint is not None and getattr(model, "tokenizer", None) is not None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import Tiny
 from make_probe_files import FOLDER, NEGATIVE, POSITIVE, PROMPTS
-from reference import assert_row, assert_same
+from reference import assert_row, assert_same, make_probe
 
 from lmprobe_tl import Probe, attach_probes, load_probe, monitored_generate, score_prompts
 from lmprobe_tl.errors import IncompatibleProbeError
+from lmprobe_tl.hook_points import model_record
+from lmprobe_tl.probe_spec import ModelRecord
 
 SCORES = json.loads((FOLDER / "scores.json").read_text())
 
@@ -47,6 +49,21 @@ def test_a_probe_fitted_here_is_the_one_fitted_there(tiny: Tiny, tmp_path: Path)
     assert here.spec.versions["transformer-lens"].startswith("3.9")
     same = ("hook_points", "model", "tokenizer", "residual_basis", "normalization", "pooling", "labels")
     assert [getattr(here.spec, field) for field in same] == [getattr(there.spec, field) for field in same]
+
+
+def test_a_name_without_its_organisation_is_the_same_name(tiny: Tiny) -> None:
+    here = model_record(tiny.model)
+
+    def attach(name: str) -> None:
+        record = ModelRecord(id=name, config_fingerprint=here.config_fingerprint)
+        with attach_probes(tiny.model, make_probe(model=record), strict=True):
+            tiny.model(torch.tensor([[0, 5]]))
+
+    attach(f"tiny-{tiny.name}")
+    attach(f"organisation/tiny-{tiny.name}")
+    for other in (f"not-tiny-{tiny.name}", f"organisation/not-tiny-{tiny.name}", tiny.name, f"tiny-{tiny.name}/more"):
+        with pytest.raises(IncompatibleProbeError, match="a model of the same shape"):
+            attach(other)
 
 
 def test_another_models_file_is_told_apart(all_tiny: dict[tuple[str, str], Tiny]) -> None:
