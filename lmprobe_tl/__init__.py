@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from lmprobe_tl.evaluation import Evaluation
     from lmprobe_tl.extraction import ExtractedActivations, extract_activations
     from lmprobe_tl.generation import GenerationResult, monitored_generate
-    from lmprobe_tl.live_events import TokenEvent
-    from lmprobe_tl.live_run import Alarm
+    from lmprobe_tl.live_records import Alarm, Escalate, TokenEvent
+    from lmprobe_tl.live_run import LiveRun
     from lmprobe_tl.monitor import Monitor, attach_probes
     from lmprobe_tl.probe import Probe
     from lmprobe_tl.probe_file import load_probe
@@ -27,14 +27,16 @@ __version__ = "0.1.0"
 
 # Where each public name lives: it is imported when it is first used (PEP 562), so that `import lmprobe_tl` costs nothing.
 _HOMES = {
-    "Alarm": "live_run",
+    "Alarm": "live_records",
+    "Escalate": "live_records",
     "Evaluation": "evaluation",
     "ExtractedActivations": "extraction",
     "GenerationResult": "generation",
+    "LiveRun": "live_run",
     "Monitor": "monitor",
     "Probe": "probe",
     "ProbeWeights": "weights",
-    "TokenEvent": "live_events",
+    "TokenEvent": "live_records",
     "attach_probes": "monitor",
     "extract_activations": "extraction",
     "load_probe": "probe_file",
@@ -44,9 +46,11 @@ _HOMES = {
 
 __all__ = [
     "Alarm",
+    "Escalate",
     "Evaluation",
     "ExtractedActivations",
     "GenerationResult",
+    "LiveRun",
     "Monitor",
     "Probe",
     "ProbeWeights",

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -190,6 +191,11 @@ class HookHandle:
     hook_point: Any
     entry: Any
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hook is still there; `reset_hooks()` takes it away, for instance."""
+        return self.entry.hook.id in self.hook_point._forward_hooks
+
     def remove(self) -> None:
         self.entry.hook.remove()
         if self.entry in self.hook_point.fwd_hooks:
@@ -220,21 +226,79 @@ def hooks_on(model: Any, callbacks: Mapping[str, Callable[[Tensor], None]]) -> I
 @dataclass(frozen=True)
 class ForwardCall:
     """What a model was called with: `tokens` [batch new], of which the first stands at column `start` of the whole sequence,
-    and `attention_mask` [batch columns], None where every token is real."""
+    `attention_mask` [batch columns], None where every token is real, and `cache`, the object that holds keys and values."""
 
     tokens: Tensor
     start: int
     attention_mask: Tensor | None
+    cache: Any = None
 
 
-def watch_forward(model: Any, callback: Callable[[ForwardCall], None]) -> Any:
-    """Call `callback` before every forward pass of the model, also inside `generate`; returns a handle with `remove()`."""
-    module = getattr(model, "original_model", model)
+class ForwardWatch:
+    """Calls `before(call)` before each forward pass of the model, also inside `generate`, and `after(output)` at its end."""
 
-    def before_forward(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        callback(_forward_call(arguments, named))
+    def __init__(self, model: Any, before: Callable[[ForwardCall], None], after: Callable[[Any], None]) -> None:
+        module = getattr(model, "original_model", model)
 
-    return module.register_forward_pre_hook(before_forward, with_kwargs=True)
+        def before_forward(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            before(_forward_call(arguments, named))
+
+        def after_forward(_: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            after(output)
+
+        self._handles = [
+            module.register_forward_pre_hook(before_forward, with_kwargs=True),
+            module.register_forward_hook(after_forward),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits [batch pos vocabulary] in what a model returned, the very tensor; None where there are none."""
+    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) and output else output)
+    return logits if isinstance(logits, Tensor) and logits.ndim == 3 else None
+
+
+def cache_of(output: Any) -> Any:
+    """The object with keys and values in what a model returned, or None."""
+    return getattr(output, "past_key_values", None)
+
+
+def cache_mark(cache: Any, length: int, back: int = 1) -> Tensor | None:
+    """The key [batch d_head] that the last layer of a cache of `length` columns keeps for the column `back` from its end.
+
+    It depends on all tokens up to there, so that it tells whether the rows of a cache are still where they were. None where
+    the cache is laid out in another way (a fixed size, a sliding window, quantised).
+    """
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[-1], "keys", None) if layers else None
+    if not isinstance(keys, Tensor) or keys.ndim != 4 or keys.shape[2] != length or back > length:
+        return None
+    return keys[:, 0, length - back]
+
+
+# Functions of Transformers in which generation reorders rows or takes tokens back, where no hook sees it.
+_SEARCHES = {
+    "_beam_search": "beam search (num_beams > 1)",
+    "_group_beam_search": "group beam search",
+    "_constrained_beam_search": "constrained beam search",
+    "_assisted_decoding": "speculative decoding (assistant_model or prompt_lookup_num_tokens)",
+    "_contrastive_search": "contrastive search",
+}
+
+
+def search_in_progress() -> str | None:
+    """What kind of search called the model, where Transformers' `generate` does more than to append one token a row."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        found = _SEARCHES.get(frame.f_code.co_name)
+        if found is not None and frame.f_globals.get("__name__", "").startswith("transformers"):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def _forward_call(arguments: tuple[Any, ...], named: dict[str, Any]) -> ForwardCall:
@@ -252,7 +316,7 @@ def _forward_call(arguments: tuple[Any, ...], named: dict[str, Any]) -> ForwardC
             f"{start + tokens.shape[1]} columns so far; the "
             f"model was called with one of shape {shape}."
         )
-    return ForwardCall(tokens, start, mask)
+    return ForwardCall(tokens, start, mask, cache)
 
 
 # --- forward passes ----------------------------------------------------------------------------------------------------

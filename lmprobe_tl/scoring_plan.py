@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from einops import rearrange
 from torch import Tensor
 
 from lmprobe_tl.errors import IncompatibleProbeError
+from lmprobe_tl.live_records import Escalate, Verdict
 from lmprobe_tl.online import wide_dtype
 from lmprobe_tl.pooling import parse_pooling_strategy
+from lmprobe_tl.probe_spec import ThresholdUnit
 from lmprobe_tl.weights import ProbeWeights
 
 _ON_LOGITS = ("ema_max", "rolling_max", "softmax")
@@ -102,10 +105,15 @@ class HookColumns:
         """activations [batch pos d_model] -> [batch pos columns], float32 on the activations' device, in one matrix
         product."""
         weight, bias = self._on(activations.device)
-        flat = rearrange(activations.detach().float(), "batch pos d_model -> (batch pos) d_model")
-        with torch.autocast(flat.device.type, enabled=False):  # it would narrow the scores to bfloat16
+        batch, pos, d_model = activations.shape
+        # reshape, not rearrange, and autocast left only where it is on: this runs at every hook point in every step
+        flat = activations.detach().float().reshape(batch * pos, d_model)
+        if torch.is_autocast_enabled(flat.device.type):  # it would narrow the scores to bfloat16
+            with torch.autocast(flat.device.type, enabled=False):
+                logits = torch.addmm(bias, flat, weight)
+        else:
             logits = torch.addmm(bias, flat, weight)
-        return rearrange(logits, "(batch pos) columns -> batch pos columns", batch=activations.shape[0])
+        return logits.view(batch, pos, -1)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self.on_device:
@@ -115,13 +123,16 @@ class HookColumns:
 
 @dataclass(frozen=True)
 class ReductionGroup:
-    """Output columns whose running scores follow the same reduction: `columns` [n], where probe `p` has `places[p]` among
-    them."""
+    """Output columns side by side whose running scores follow the same reduction: probe `p` has `places[p]` among them."""
 
     reduction: LiveReduction
-    columns: Tensor
+    columns: slice
     n_classes: int
     places: Mapping[str, slice]
+
+    @property
+    def n_columns(self) -> int:
+        return self.columns.stop - self.columns.start
 
     def enter(self, logits: Tensor) -> Tensor:
         """Logits of this group's columns, [batch pos columns], as the online reduction wants them."""
@@ -147,50 +158,76 @@ class ReductionGroup:
 
 
 @dataclass(frozen=True)
-class Thresholds:
-    """The threshold of each output column, [n_columns], in its own unit; NaN, which no score reaches, for several classes.
+class Watch:
+    """A threshold on the running score of a probe: `value` in `unit`. verdict: 'positive', or 'deferred' for the low one of
+    a cascade."""
 
-    as_probability, as_logit: [n_columns] bool, columns whose online reduction runs in the other unit.
+    probe: str
+    column: int
+    value: float
+    unit: ThresholdUnit
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Watches:
+    """All watched thresholds: `n_positive` that raise an alarm, then those that defer.
+
+    values: [n] float32, the smallest value of each column's online reduction that reaches the threshold. columns: [n], the
+    output column of each; None where these are all columns in order.
     """
 
+    lines: tuple[Watch, ...]
+    n_positive: int
     values: Tensor
-    as_probability: Tensor
-    as_logit: Tensor
-
-    def to(self, device: torch.device) -> Thresholds:
-        return Thresholds(self.values.to(device), self.as_probability.to(device), self.as_logit.to(device))
-
-    def reached(self, running: Tensor) -> Tensor:
-        """Whether values of the online reductions [... n_columns] are at or above their thresholds. NaN reaches nothing."""
-        # In the threshold's own unit: a threshold read off a score must be reached by that very score.
-        scores = torch.where(self.as_probability, _sigmoid(running), running)
-        return torch.where(self.as_logit, _logits(running), scores) >= self.values
+    columns: Tensor | None
 
 
 class ScoringPlan:
-    """What a Monitor computes for its probes: a matrix a hook point, and a column range a probe."""
+    """What a Monitor computes for its probes: a matrix a hook point, and a column range a probe.
 
-    def __init__(self, probes: Sequence[ProbeWeights]) -> None:
+    cascades: by name of a binary probe, two thresholds in place of its one.
+    """
+
+    def __init__(self, probes: Sequence[ProbeWeights], cascades: Mapping[str, Escalate] | None = None) -> None:
         self.probes = {weights.name: weights for weights in probes}
-        self.columns: dict[str, slice] = {}
-        self.n_columns = 0
-        for weights in probes:
-            outputs = weights.direction.shape[0]
-            self.columns[weights.name] = slice(self.n_columns, self.n_columns + outputs)
-            self.n_columns += outputs
-        hook_names = dict.fromkeys(name for weights in probes for name in weights.hook_points)
-        self.hooks = {name: self._hook_columns(name) for name in hook_names}
         self.reductions = {weights.name: live_reduction(weights) for weights in probes}
         self.groups = self._groups()
-        self.thresholds = self._thresholds()
-        # One output column a matrix column, in order: the usual case, in which nothing needs to be added up.
-        in_order = torch.cat([hook.columns for hook in self.hooks.values()])
-        self._straight = torch.equal(in_order, torch.arange(self.n_columns))
-        self._order = in_order
+        self.columns = {
+            name: slice(group.columns.start + place.start, group.columns.start + place.stop)
+            for group in self.groups
+            for name, place in group.places.items()
+        }
+        self.n_columns = self.groups[-1].columns.stop
+        hook_names = dict.fromkeys(name for weights in probes for name in weights.hook_points)
+        self.hooks = {name: self._hook_columns(name) for name in hook_names}
+        self.watches = self._watches(cascades or {})
+        # Output column of each column of the matrices, side by side. Each once and in order is the usual case, in which
+        # there is nothing to do; each once, in which they are but moved, is the next.
+        order = torch.cat([hook.columns for hook in self.hooks.values()])
+        self._order = order
+        self._straight = torch.equal(order, torch.arange(self.n_columns))
+        each_once = torch.equal(order.sort().values, torch.arange(self.n_columns))
+        self._moved_from = order.argsort() if each_once else None
+
+    def _groups(self) -> list[ReductionGroup]:
+        members: dict[tuple[LiveReduction, int], list[str]] = {}
+        for name, reduction in self.reductions.items():
+            members.setdefault((reduction, len(self.probes[name].labels)), []).append(name)
+        groups: list[ReductionGroup] = []
+        start = 0
+        for (reduction, n_classes), names in members.items():
+            width = 1 if n_classes == 2 else n_classes
+            places = {name: slice(at * width, (at + 1) * width) for at, name in enumerate(names)}
+            stop = start + width * len(names)
+            groups.append(ReductionGroup(reduction, slice(start, stop), n_classes, places))
+            start = stop
+        return groups
 
     def _hook_columns(self, hook_name: str) -> HookColumns:
         weights, biases, columns = [], [], []
-        for name, probe in self.probes.items():
+        for name in sorted(self.columns, key=lambda one: self.columns[one].start):
+            probe = self.probes[name]
             if hook_name not in probe.hook_points:
                 continue
             weights.append(probe.direction_at(hook_name))
@@ -200,34 +237,28 @@ class ScoringPlan:
         weight = rearrange(torch.cat(weights), "columns d_model -> d_model columns").contiguous()
         return HookColumns(weight, torch.cat(biases), torch.cat(columns))
 
-    def _groups(self) -> list[ReductionGroup]:
-        members: dict[tuple[LiveReduction, int], list[str]] = {}
-        for name, reduction in self.reductions.items():
-            members.setdefault((reduction, len(self.probes[name].labels)), []).append(name)
-        groups = []
-        for (reduction, n_classes), names in members.items():
-            columns = torch.cat([torch.arange(self.n_columns)[self.columns[name]] for name in names])
-            per_probe = len(columns) // len(names)
-            places = {name: slice(at * per_probe, (at + 1) * per_probe) for at, name in enumerate(names)}
-            groups.append(ReductionGroup(reduction, columns, n_classes, places))
-        return groups
-
     def group_of(self, name: str) -> ReductionGroup:
         """The reduction group that a probe belongs to."""
         return next(group for group in self.groups if name in group.places)
 
-    def _thresholds(self) -> Thresholds:
-        values = torch.full((self.n_columns,), math.nan)
-        as_probability, as_logit = torch.zeros(2, self.n_columns, dtype=torch.bool)
-        for name, probe in self.probes.items():
+    def _watches(self, cascades: Mapping[str, Escalate]) -> Watches:
+        high, low = [], []
+        for name in sorted(self.columns, key=lambda one: self.columns[one].start):
+            probe, cascade = self.probes[name], cascades.get(name)
             if not probe.is_binary:
                 continue
-            at, on_logits = self.columns[name], self.reductions[name].before == "none"
-            value, unit = threshold_of(probe)
-            values[at] = value
-            as_probability[at] = on_logits and unit == "probability"
-            as_logit[at] = not on_logits and unit == "logit"
-        return Thresholds(values, as_probability, as_logit)
+            column, (value, unit) = self.columns[name].start, threshold_of(probe)
+            if cascade is not None:
+                low.append(Watch(name, column, cascade.low, cascade.unit, "deferred"))
+                if cascade.high is not None:
+                    value, unit = cascade.high, cascade.unit
+            high.append(Watch(name, column, value, unit, "positive"))
+        lines = (*high, *low)
+        lowest = [_lowest_reaching(self.reductions[line.probe], line.value, line.unit) for line in lines]
+        values = torch.tensor(lowest, dtype=torch.float32)
+        columns = torch.tensor([line.column for line in lines], dtype=torch.int64)
+        all_in_order = columns.tolist() == list(range(self.n_columns))
+        return Watches(lines, len(high), values, None if all_in_order else columns)
 
     def combine(self, partials: Sequence[Tensor], device: torch.device) -> Tensor:
         """Partial logits of all hook points, each [batch pos columns], in the order of `hooks` -> logits [batch pos
@@ -237,11 +268,44 @@ class ScoringPlan:
         side_by_side = torch.cat([partial.to(device) for partial in partials], dim=-1)
         if self._straight:
             return side_by_side
+        if self._moved_from is not None:
+            return side_by_side.index_select(-1, self._moved_from.to(device))
         empty = side_by_side.new_zeros(*side_by_side.shape[:-1], self.n_columns)
         return empty.index_add(-1, self._order.to(device), side_by_side)
 
 
-def threshold_of(weights: ProbeWeights) -> tuple[float, str]:
+@lru_cache(maxsize=4096)
+def _lowest_reaching(reduction: LiveReduction, threshold: float, unit: str) -> float:
+    """The smallest float32 that, as a value of the online reduction, reaches the threshold; NaN where none does.
+
+    A threshold may be in another unit than the reduction runs in, and one that was read off a score must be reached by that
+    very score: so it is looked for among the numbers themselves, and a step is one comparison.
+    """
+    limit = torch.tensor(threshold, dtype=torch.float32)
+    if unit == ("logit" if reduction.before == "none" else "probability"):
+        return limit.item()
+    lowest, highest = (0, _AS_INTEGER_1) if reduction.before != "none" else (-_AS_INTEGER_INF, _AS_INTEGER_INF)
+    if not bool(reduction.in_unit(_float_at(highest), unit) >= limit):
+        return math.nan
+    while lowest < highest:  # float32 numbers by rank, of which there are fewer than 2**32
+        middle = (lowest + highest) // 2
+        if bool(reduction.in_unit(_float_at(middle), unit) >= limit):
+            highest = middle
+        else:
+            lowest = middle + 1
+    return _float_at(lowest).item()
+
+
+_AS_INTEGER_1, _AS_INTEGER_INF = 0x3F800000, 0x7F800000
+
+
+def _float_at(rank: int) -> Tensor:
+    """The float32 number of this rank; numbers of the same sign are ordered as the integers that their bits spell."""
+    value = torch.tensor(abs(rank), dtype=torch.int32).view(torch.float32)
+    return value if rank >= 0 else -value
+
+
+def threshold_of(weights: ProbeWeights) -> tuple[float, ThresholdUnit]:
     """Threshold and unit of a binary probe: its own, else a probability of 0.5, where its classifier changes its mind."""
     own: Any = weights.threshold
     return (own.value, own.unit) if own is not None else (0.5, "probability")
