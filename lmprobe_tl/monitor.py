@@ -61,7 +61,6 @@ class Monitor:
         keep_scores: bool = True,
     ) -> None:
         self.plan = ScoringPlan(probes, escalate)
-        self._model = model
         self._bos, self._ends = bos_id(model), ends or row_ends(model)
         self._pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
         self._on_token, self._on_crossing, self._escalate = on_token, on_crossing, dict(escalate or {})
@@ -247,10 +246,6 @@ class Monitor:
                 "texts. Generate by sampling or greedily while probes are attached, or score the finished text with "
                 "score_prompts."
             )
-        points = self._model.hook_dict if self._handles else {}
-        replaced = [name for name, handle in self._handles.items() if points.get(name) is not handle.hook_point]
-        if replaced:
-            raise MonitorError(f"hook points {replaced} were replaced after the probes were attached to them. {_REPLACED}")
         self._check_padding(call)
 
     def _check_padding(self, call: ForwardCall) -> None:

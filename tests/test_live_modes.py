@@ -24,7 +24,7 @@ from live_reference import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmprobe_tl.errors import MonitorError
+from lmprobe_tl.errors import MonitorError, ProbeNeverFiredError
 from lmprobe_tl.monitor import attach_probes
 
 NEW = 5
@@ -237,10 +237,11 @@ class Doubling(torch.nn.Module):
 
 def test_a_hook_point_that_is_replaced_after_attaching_is_an_error(gpt2: Tiny) -> None:
     own = load_tiny("gpt2", gpt2.folder).bridge  # a bridge forgets a hook point that was replaced once
-    with pytest.raises(MonitorError, match=r"hook points \['blocks.2.hook_resid_post'\] were replaced"):  # noqa: PT012
-        with attach_probes(own, make_probe()):
-            own(torch.tensor([[BOS, 40]]))
-            own.blocks[2].hook_out = Doubling("blocks.2.hook_out")
+    message = r"hook points \['blocks.2.hook_resid_post'\] did not fire in a forward pass.* replaces hook points"
+    with attach_probes(own, make_probe()):
+        own(torch.tensor([[BOS, 40]]))
+        own.blocks[2].hook_out = Doubling("blocks.2.hook_out")
+        with pytest.raises(ProbeNeverFiredError, match=message):
             own(torch.tensor([[BOS, 41]]))
 
 
