@@ -238,11 +238,10 @@ class Doubling(torch.nn.Module):
 def test_a_hook_point_that_is_replaced_after_attaching_is_an_error(gpt2: Tiny) -> None:
     own = load_tiny("gpt2", gpt2.folder).bridge  # a bridge forgets a hook point that was replaced once
     message = r"hook points \['blocks.2.hook_resid_post'\] did not fire in a forward pass.* replaces hook points"
-    with attach_probes(own, make_probe()):
+    with pytest.raises(ProbeNeverFiredError, match=message), attach_probes(own, make_probe()):  # noqa: PT012
         own(torch.tensor([[BOS, 40]]))
         own.blocks[2].hook_out = Doubling("blocks.2.hook_out")
-        with pytest.raises(ProbeNeverFiredError, match=message):
-            own(torch.tensor([[BOS, 41]]))
+        own(torch.tensor([[BOS, 41]]))
 
 
 # --- nothing waits for the device ---
