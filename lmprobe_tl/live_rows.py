@@ -37,75 +37,71 @@ def row_ends(model: Any, eos_token_id: int | Sequence[int] | None = None) -> Row
 
 
 class LiveRows:
-    """The state of each row, on the device; nothing here waits for it but the checks.
+    """The state of each row, on the device; nothing here waits for it but `check`, and a prompt that may hide its BOS.
 
-    counts_bos: whether every probe takes a leading BOS into account, so that the question need not be asked.
+    Columns come twice: in order, as soon as anybody needs scores (`prompt`, `generated`), and later, many at once, for what
+    is but checked (`settle`).
     """
 
-    def __init__(self, n_rows: int, device: torch.device, bos_token_id: int | None, ends: RowEnds, counts_bos: bool) -> None:
-        self._bos, self._ends, self._counts_bos = bos_token_id, ends, counts_bos or bos_token_id is None
-        # [batch] bool: has had a real token; ended by EOS; ended by a stop, and had one more token; was fed real tokens
-        # after its end; was to be ended by a forced EOS; got another token instead.
-        flags = torch.zeros(7, n_rows, dtype=torch.bool, device=device)
-        self._begun, self.ended, self.stopped, self._passed_stop, self._went_on, self._forced, self._defied = flags
-        self._any_stopped = self._any_forced = False
+    def __init__(self, n_rows: int, device: torch.device, bos_token_id: int | None, ends: RowEnds) -> None:
+        self._bos, self._ends = bos_token_id, ends
+        # [batch 1] bool: has had a real token; ended by EOS; ended by a stop.
+        self._begun, self._ended, self._stopped = torch.zeros(3, n_rows, 1, dtype=torch.bool, device=device)
+        self._all_begun = bos_token_id is None
+        self._any_stopped = False
+        # [batch 1] bool: the last settled column was after the row's end. [batch] bool: real tokens came after it.
+        self._gone, self._went_on = torch.zeros_like(self._ended), torch.zeros_like(self._ended[:, 0])
 
     def prompt(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Columns of a prompt, in which an EOS has no meaning and after which a row may go on. [batch new] twice: real,
         counted."""
-        self.ended = torch.zeros_like(self.ended)
-        self.stopped, self._passed_stop, self._any_stopped = self.ended, self.ended, False
-        return mask, self._without_bos(tokens, mask)
+        self._ended = self._stopped = torch.zeros_like(self._ended)
+        self._any_stopped = False
+        counted = self._without_bos(tokens, mask)
+        if not self._all_begun:
+            self._all_begun = bool(self._begun.all())  # once a prompt, so that no step has to look for a BOS
+        return mask, counted
 
-    def generated(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def generated(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Columns of generated tokens; a row ends before its first EOS. [batch new] twice: real, counted."""
-        if not self._ends.end_ids and not self._any_stopped:
-            return mask, self._without_bos(tokens, mask)
-        is_end = _is_one_of(tokens, self._ends.end_ids)
-        before = self.ended[:, None]
-        if tokens.shape[1] == 1:
-            ended = before | is_end
+        if self._ends.end_ids:
+            is_end = _is_one_of(tokens, self._ends.end_ids)
+            gone = self._ended | (is_end if tokens.shape[1] == 1 else is_end.cumsum(dim=1) > 0)
+            self._ended = gone[:, -1:]
         else:
-            ended = before | (is_end.cumsum(dim=1) > 0)
-            before = torch.cat([before, ended[:, :-1]], dim=1)
-        over, gone = before, ended
+            gone = self._ended.expand(tokens.shape)
         if self._any_stopped:
-            # The token that was sampled together with a stop is still to come; after it, only fillers are.
-            stopped = self.stopped[:, None]
-            passed = torch.cat([self._passed_stop[:, None], stopped.expand(-1, tokens.shape[1] - 1)], dim=1)
-            over, gone = (before & ~stopped) | passed, ended | stopped
-            self._passed_stop = self.stopped
-        if self._any_forced:
-            self._defied = self._defied | (self._forced & ~before[:, 0] & ~is_end[:, 0])
-        fillers = is_end | _is_one_of(tokens, self._ends.filler_ids[len(self._ends.end_ids) :])
-        self._went_on = self._went_on | (over & ~fillers).any(dim=1)
-        self.ended = ended[:, -1]
-        real = mask & ~gone
-        return real, self._without_bos(tokens, real)
+            gone = gone | self._stopped
+        real = ~gone if mask is None else mask & ~gone
+        return real, real if self._all_begun else self._without_bos(tokens, real)
+
+    def settle(self, tokens: Tensor, mask: Tensor, real: Tensor, *, generated: bool) -> None:
+        """Look for tokens of a row that came after its end, where generation feeds nothing but fillers."""
+        if not generated:
+            self._gone = torch.zeros_like(self._gone)
+            return
+        # The first column that is gone holds the EOS, or the token that was sampled together with a stop.
+        gone = mask & ~real
+        before = torch.cat([self._gone, gone[:, :-1]], dim=1)
+        self._went_on = self._went_on | (before & ~_is_one_of(tokens, self._ends.filler_ids)).any(dim=1)
+        self._gone = gone[:, -1:]
 
     def stop(self, rows: Tensor) -> None:
         """These rows [batch] bool end here: their output has one more token, which does not count."""
-        self.stopped, self._any_stopped = self.stopped | rows, True
+        self._stopped, self._any_stopped = self._stopped | rows[:, None], True
 
-    def force(self, rows: Tensor) -> None:
-        """The next token of these rows [batch] bool is to be an EOS."""
-        self._forced, self._any_forced = rows, True
+    def over(self) -> Tensor:
+        """[batch] bool: rows that have ended."""
+        return (self._ended | self._stopped)[:, 0]
 
     def _without_bos(self, tokens: Tensor, real: Tensor) -> Tensor:
         """[batch new] bool: real, less the BOS with which a row begins; padding may put that into a later chunk."""
-        if self._counts_bos:
-            return real
-        begun = self._begun[:, None]
-        if tokens.shape[1] == 1:
-            counted = real & (begun | (tokens != self._bos))
-            self._begun = (begun | real)[:, 0]
-        else:
-            counted = torch.where(begun, real, without_bos(tokens, real, self._bos))
-            self._begun = self._begun | real.any(dim=1)
+        counted = torch.where(self._begun, real, without_bos(tokens, real, self._bos))
+        self._begun = self._begun | real.any(dim=1, keepdim=True)
         return counted
 
     def check(self) -> None:
-        """Raise MonitorError where tokens of a row went by unscored, or a forced EOS had no effect."""
+        """Raise MonitorError where tokens of a row went by unscored."""
         went_on = self._went_on.nonzero().flatten().tolist()
         if went_on:
             raise MonitorError(
@@ -113,13 +109,6 @@ class LiveRows:
                 f"{list(self._ends.end_ids)}), and what followed was not scored. Generate again in a block of its own; "
                 "where generation ends at other tokens, or at none (stop_at_eos=False), say so: "
                 "attach_probes(..., eos_token_id=...), with [] for none."
-            )
-        defied = self._defied.nonzero().flatten().tolist() if self._any_forced else []
-        if defied:
-            raise MonitorError(
-                f"row {defied[0]} was to end at an alarm (stop=True), but generation put another token in the place of its "
-                f"end-of-sequence token {self._ends.end_ids[0]}: something forbids that token (min_new_tokens, "
-                "suppress_tokens). Generate without it, or stop with monitor.stopping_criteria()."
             )
 
 

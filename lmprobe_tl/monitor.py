@@ -205,7 +205,7 @@ class Monitor:
             if self._asks:
                 self._tell(run)
             elif not self._keep_scores:
-                run.advance()
+                run.settle()
 
     def _tell(self, run: LiveRun) -> None:
         for event in run.collect():

@@ -19,7 +19,17 @@ FLOORS = {
     1: {"masks", "pooling", "reductions", "online"},
     2: {"probe_spec", "weights", "probe_file", "labels", "metrics", "provenance"}
     | {"estimators", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"},
-    3: {"hook_points", "tokens", "extraction", "live_records", "scoring_plan", "history", "crossings", "live_rows"}
+    3: {
+        "hook_points",
+        "tokens",
+        "extraction",
+        "live_records",
+        "scoring_plan",
+        "history",
+        "crossings",
+        "live_rows",
+        "live_columns",
+    }
     | {"live_run", "live_events", "live_passes", "compatibility", "residual_basis"},
     4: {"inference", "evaluation", "probe", "monitor", "generation", "scoring"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
