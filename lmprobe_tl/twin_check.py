@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,7 @@ from lmprobe_tl.errors import InputError
 from lmprobe_tl.online import OnlineReduction, wide_dtype
 
 TOLERANCE = 1e-5  # of the score, or of 1 where that is larger
-N_STREAMS = 6
+N_STREAMS = 4
 _WIDE = wide_dtype(torch.device("cpu"))
 
 
@@ -129,29 +130,26 @@ def _check_shape(who: str, value: object, shape: tuple[int, ...], axes: str) -> 
 
 def _prefix_scores(form: _Form, stream: Stream, on: str) -> Tensor:
     """[batch pos n]: the batch form of each prefix of each row alone; NaN where nothing has counted yet."""
-    batch, pos, n = stream.scores.shape
-    expected = torch.full((batch, pos, n), torch.nan, dtype=_WIDE)
-    for row in range(batch):
-        for at in range(pos):
-            if not stream.counted[row, at]:
-                expected[row, at] = expected[row, at - 1] if at else torch.nan
-                continue
-            kept = stream.kept(row, at + 1)
-            expected[row, at] = form(kept, torch.ones_like(kept[..., :1], dtype=torch.bool))[0]
-            _check_values(form.what, expected[row, at], stream, row, at, on)
+    expected = torch.full(stream.scores.shape, torch.nan, dtype=_WIDE)
+    for row, counted in enumerate(stream.counted.tolist()):
+        for at, counts in enumerate(counted):
+            if counts:
+                kept = stream.kept(row, at + 1)
+                expected[row, at:] = form(kept, torch.ones_like(kept[..., :1], dtype=torch.bool))
+                _check_values(form.what, expected[row, at], stream, row, at, on)
     return expected
 
 
 def _check_values(what: str, values: Tensor, stream: Stream, row: int, at: int, on: str) -> None:
-    wrong, wanted = ~values.isfinite(), "a finite number"
-    if on == "probability":
-        wrong = wrong | (values < -TOLERANCE) | (values > 1 + TOLERANCE)
-        wanted = "a probability, from 0 to 1, since it is registered with on='probability'"
-    for probe in torch.arange(len(values))[wrong].tolist()[:1]:
-        raise InputError(
-            f"{what}: its batch form gives {values[probe].item():.6g} for the scores [{stream.shown(row, at + 1, probe)}]; "
-            f"expected {wanted}."
-        )
+    for probe, value in enumerate(values.tolist()):
+        if not math.isfinite(value):
+            wanted = "a finite number"
+        elif on == "probability" and not -TOLERANCE <= value <= 1 + TOLERANCE:
+            wanted = "a probability, from 0 to 1, since it is registered with on='probability'"
+        else:
+            continue
+        scores = stream.shown(row, at + 1, probe)
+        raise InputError(f"{what}: its batch form gives {value:.6g} for the scores [{scores}]; expected {wanted}.")
 
 
 def _check_padded(form: _Form, stream: Stream, expected: Tensor) -> None:
@@ -159,13 +157,14 @@ def _check_padded(form: _Form, stream: Stream, expected: Tensor) -> None:
     begun = stream.counted.any(dim=1)
     counted = rearrange(stream.counted[begun], "batch pos -> batch pos 1")
     together = form(torch.where(counted, stream.scores[begun].to(_WIDE), 0.0), counted)
-    for index, row in enumerate(torch.arange(len(begun))[begun].tolist()):
-        for probe in _apart(together[index], expected[row, -1])[:1]:
-            raise InputError(
-                f"{form.what}: its batch form gives {together[index, probe].item():.6g} for a row among other rows and "
-                f"positions that do not count, {expected[row, -1, probe].item():.6g} for its scores alone "
-                f"[{stream.shown(row, len(stream.counted[row]), probe)}]. Only what counts may matter: z is 0 elsewhere."
-            )
+    alone = expected[begun, -1]
+    for index, probe in _apart(together, alone)[:1]:
+        row = int(begun.nonzero()[index])
+        raise InputError(
+            f"{form.what}: its batch form gives {together[index, probe].item():.6g} for a row among other rows and "
+            f"positions that do not count, {alone[index, probe].item():.6g} for its scores alone "
+            f"[{stream.shown(row, stream.counted.shape[1], probe)}]. Only what counts may matter: z is 0 elsewhere."
+        )
 
 
 def _check_twin(
@@ -185,15 +184,14 @@ def _check_twin(
         raise
     except Exception as error:
         raise InputError(f"{what}: its online twin failed: {type(error).__name__}: {error}") from error
-    for at in range(cuts[-1]):
-        for row in range(batch):
-            for probe in _apart(running[row, at].to(_WIDE), expected[row, at])[:1]:
-                raise InputError(
-                    f"{what}: its two forms disagree. After the scores [{stream.shown(row, at + 1, probe)}] "
-                    f"the batch form gives {expected[row, at, probe].item():.6g}, the online twin "
-                    f"{running[row, at, probe].item():.6g} (row {row} of {batch}, position {at}, "
-                    f"{'counted' if stream.counted[row, at] else 'not counted'}; chunks cut at {cuts})."
-                )
+    # the earliest position first
+    for at, row, probe in _apart(running.to(_WIDE).transpose(0, 1), expected.transpose(0, 1))[:1]:
+        raise InputError(
+            f"{what}: its two forms disagree. After the scores [{stream.shown(row, at + 1, probe)}] "
+            f"the batch form gives {expected[row, at, probe].item():.6g}, the online twin "
+            f"{running[row, at, probe].item():.6g} (row {row} of {batch}, position {at}, "
+            f"{'counted' if stream.counted[row, at] else 'not counted'}; chunks cut at {cuts})."
+        )
 
 
 def _checked_start(what: str, start: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,8 +225,7 @@ def _check_state(who: str, state: Any) -> Any:
     return state
 
 
-def _apart(found: Tensor, expected: Tensor) -> list[int]:
-    """Indices at which two vectors differ by more than the tolerance; NaN equals NaN alone."""
-    near = torch.isclose(found, expected, rtol=0, atol=0, equal_nan=True)
-    near = near | ((found - expected).abs() <= TOLERANCE * expected.abs().clamp(min=1))
-    return torch.arange(len(near))[~near].tolist()
+def _apart(found: Tensor, expected: Tensor) -> list[list[int]]:
+    """Indices at which two tensors differ by more than the tolerance; NaN equals NaN alone."""
+    near = (found - expected).abs() <= TOLERANCE * expected.abs().clamp(min=1)
+    return (~(near | (found.isnan() & expected.isnan()))).nonzero().tolist()
