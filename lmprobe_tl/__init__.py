@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lmprobe_tl.monitor import Monitor, attach_probes
     from lmprobe_tl.probe import Probe
     from lmprobe_tl.probe_file import load_probe
+    from lmprobe_tl.reductions import ReductionParameter, register_reduction
     from lmprobe_tl.scoring import score_prompts
     from lmprobe_tl.weights import ProbeWeights
 
@@ -36,11 +37,13 @@ _HOMES = {
     "Monitor": "monitor",
     "Probe": "probe",
     "ProbeWeights": "weights",
+    "ReductionParameter": "reductions",
     "TokenEvent": "live_records",
     "attach_probes": "monitor",
     "extract_activations": "extraction",
     "load_probe": "probe_file",
     "monitored_generate": "generation",
+    "register_reduction": "reductions",
     "score_prompts": "scoring",
 }
 
@@ -54,12 +57,14 @@ __all__ = [
     "Monitor",
     "Probe",
     "ProbeWeights",
+    "ReductionParameter",
     "TokenEvent",
     "attach_probes",
     "extract_activations",
     "load_probe",
     "monitored_generate",
     "pooling",
+    "register_reduction",
     "score_prompts",
 ]
 

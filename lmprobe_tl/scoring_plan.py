@@ -17,9 +17,8 @@ from lmprobe_tl.live_records import Escalate, Verdict
 from lmprobe_tl.online import wide_dtype
 from lmprobe_tl.pooling import parse_pooling_strategy
 from lmprobe_tl.probe_spec import ThresholdUnit
+from lmprobe_tl.reductions import REDUCTIONS
 from lmprobe_tl.weights import ProbeWeights
-
-_ON_LOGITS = ("ema_max", "rolling_max", "softmax")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def live_reduction(weights: ProbeWeights) -> LiveReduction:
     squash = "sigmoid" if weights.is_binary else "softmax"
     picks_one = name in ("last_token", "first_token")
     linear = picks_one or (name == "mean" and not parsed.is_score_pooling)
-    if name in _ON_LOGITS:
+    if parsed.is_score_pooling and REDUCTIONS[name].on == "logit":
         if not weights.is_binary:
             raise IncompatibleProbeError(
                 f"probe {weights.name!r} has {weights.n_classes} classes, and inference pooling {strategy!r} works on the "
@@ -80,7 +79,7 @@ def live_reduction(weights: ProbeWeights) -> LiveReduction:
     elif linear or (name in ("max", "min") and parsed.is_score_pooling and weights.is_binary):
         # max and min are monotone, so with two classes they run on logits too: there scores near 0 and 1 stay apart.
         before, after, unit = "none", squash, "probability"
-    elif parsed.is_score_pooling and name in ("mean", "max", "min"):
+    elif parsed.is_score_pooling:
         before, after, unit = squash, "none", "probability"
     else:
         raise IncompatibleProbeError(

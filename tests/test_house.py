@@ -16,7 +16,7 @@ PACKAGE = Path(lmprobe_tl.__file__).parent
 
 FLOORS = {
     0: {"errors", "types"},
-    1: {"masks", "pooling", "reductions", "online"},
+    1: {"masks", "pooling", "reductions", "online", "twins", "twin_check"},
     2: {"probe_spec", "weights", "probe_file", "labels", "metrics", "provenance"}
     | {"estimators", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"},
     3: {
