@@ -325,7 +325,8 @@ def _split(labels: Sequence[Any], share: float, seed: int) -> tuple[list[int], l
 def _score_record(weights: Any, text: str, score: Any, token_logits: Any) -> dict[str, Any]:
     record: dict[str, Any] = {"text": text, "score": score.tolist()}
     if weights.is_binary:
-        from lmprobe_tl.scoring_plan import live_reduction, threshold_logit
+        from lmprobe_tl.live_reduction import live_reduction
+        from lmprobe_tl.watches import threshold_logit
 
         unit, threshold = live_reduction(weights).unit, score.new_tensor(threshold_logit(weights))
         record |= {"unit": unit, "flagged": bool(score >= (threshold if unit == "logit" else threshold.sigmoid()))}

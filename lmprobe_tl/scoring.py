@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from lmprobe_tl.compatibility import as_probes, recorded_prepend_bos
 from lmprobe_tl.hook_points import device_of, load_model, run_to_hook_points
+from lmprobe_tl.live_reduction import live_reduction
 from lmprobe_tl.monitor import attach_probes
-from lmprobe_tl.scoring_plan import live_reduction
 from lmprobe_tl.tokens import (
     Prompt,
     Truncation,

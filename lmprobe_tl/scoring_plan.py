@@ -2,92 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from lmprobe_tl.errors import IncompatibleProbeError
-from lmprobe_tl.live_records import Escalate, Verdict
-from lmprobe_tl.online import wide_dtype
-from lmprobe_tl.pooling import parse_pooling_strategy
-from lmprobe_tl.probe_spec import ThresholdUnit
-from lmprobe_tl.reductions import REDUCTIONS
+from lmprobe_tl.live_records import Escalate
+from lmprobe_tl.live_reduction import LiveReduction, live_reduction, sigmoid
+from lmprobe_tl.watches import watches_of
 from lmprobe_tl.weights import ProbeWeights
-
-
-@dataclass(frozen=True)
-class LiveReduction:
-    """How the running score of a probe follows from its logits: `before`, then the online reduction `name`, then `after`.
-
-    before, after: 'none', 'sigmoid' or 'softmax'. unit: of the running score, 'probability' or 'logit'. counts_bos: whether
-    a leading BOS takes part.
-    """
-
-    name: str
-    parameter: float | int | None
-    before: str
-    after: str
-    unit: str
-    counts_bos: bool
-
-    def in_unit(self, values: Tensor, unit: str) -> Tensor:
-        """Values of the online reduction of a binary probe as 'probability' or 'logit', whatever it runs in."""
-        if self.before == "none":
-            return _sigmoid(values) if unit == "probability" else values
-        return _logits(values) if unit == "logit" else values
-
-
-def _sigmoid(values: Tensor) -> Tensor:
-    # Through float64: in float32 the last bit differs between the entries of a tensor, and from one alone.
-    return values.to(wide_dtype(values.device)).sigmoid().to(values.dtype)
-
-
-def _logits(values: Tensor) -> Tensor:
-    return values.to(wide_dtype(values.device)).logit().to(values.dtype)
-
-
-def _logit(probability: float) -> float:
-    if probability <= 0:
-        return -math.inf
-    return math.inf if probability >= 1 else math.log(probability) - math.log1p(-probability)
-
-
-def live_reduction(weights: ProbeWeights) -> LiveReduction:
-    """The online reduction that equals the probe's inference pooling, or IncompatibleProbeError where there is none.
-
-    Pooling the activations by mean, first or last token is linear, so it is the same reduction of the logits.
-    """
-    strategy = weights.spec.pooling.inference
-    parsed = parse_pooling_strategy(strategy)
-    name = "last_token" if parsed.base_strategy == "all" else parsed.base_strategy  # 'all': every token speaks for itself
-    squash = "sigmoid" if weights.is_binary else "softmax"
-    picks_one = name in ("last_token", "first_token")
-    linear = picks_one or (name == "mean" and not parsed.is_score_pooling)
-    if parsed.is_score_pooling and REDUCTIONS[name].on == "logit":
-        if not weights.is_binary:
-            raise IncompatibleProbeError(
-                f"probe {weights.name!r} has {weights.n_classes} classes, and inference pooling {strategy!r} works on the "
-                "logit of two. Train it with another inference pooling, for instance 'score:max'."
-            )
-        before, after, unit = "none", "none", "logit"
-    elif linear or (name in ("max", "min") and parsed.is_score_pooling and weights.is_binary):
-        # max and min are monotone, so with two classes they run on logits too: there scores near 0 and 1 stay apart.
-        before, after, unit = "none", squash, "probability"
-    elif parsed.is_score_pooling:
-        before, after, unit = squash, "none", "probability"
-    else:
-        raise IncompatibleProbeError(
-            f"probe {weights.name!r} pools activations by {strategy!r}, which has no token-by-token form. Train it with "
-            "another inference pooling, for instance 'score:max'."
-        )
-    counts_bos = weights.spec.pooling.include_bos or name == "first_token"
-    return LiveReduction(name, parsed.parameter, before, after, unit, counts_bos)
 
 
 @dataclass(frozen=True)
@@ -149,37 +74,11 @@ class ReductionGroup:
 
     def _squash(self, values: Tensor, how: str) -> Tensor:
         if how == "sigmoid":
-            return _sigmoid(values)
+            return sigmoid(values)
         if how == "softmax":
             by_probe = rearrange(values, "... (probe classes) -> ... probe classes", classes=self.n_classes)
             return rearrange(by_probe.softmax(-1), "... probe classes -> ... (probe classes)")
         return values
-
-
-@dataclass(frozen=True)
-class Watch:
-    """A threshold on the running score of a probe: `value` in `unit`. verdict: 'positive', or 'deferred' for the low one of
-    a cascade."""
-
-    probe: str
-    column: int
-    value: float
-    unit: ThresholdUnit
-    verdict: Verdict
-
-
-@dataclass(frozen=True)
-class Watches:
-    """All watched thresholds: `n_positive` that raise an alarm, then those that defer.
-
-    values: [n] float32, the smallest value of each column's online reduction that reaches the threshold. columns: [n], the
-    output column of each; None where these are all columns in order.
-    """
-
-    lines: tuple[Watch, ...]
-    n_positive: int
-    values: Tensor
-    columns: Tensor | None
 
 
 class ScoringPlan:
@@ -200,7 +99,8 @@ class ScoringPlan:
         self.n_columns = self.groups[-1].columns.stop
         hook_names = dict.fromkeys(name for weights in probes for name in weights.hook_points)
         self.hooks = {name: self._hook_columns(name) for name in hook_names}
-        self.watches = self._watches(cascades or {})
+        starts = {name: columns.start for name, columns in self.columns.items()}
+        self.watches = watches_of(self.probes, starts, self.reductions, cascades or {}, self.n_columns)
         # Output column of each column of the matrices, side by side. Each once and in order is the usual case, in which
         # there is nothing to do; each once, in which they are but moved, is the next.
         order = torch.cat([hook.columns for hook in self.hooks.values()])
@@ -240,25 +140,6 @@ class ScoringPlan:
         """The reduction group that a probe belongs to."""
         return next(group for group in self.groups if name in group.places)
 
-    def _watches(self, cascades: Mapping[str, Escalate]) -> Watches:
-        high, low = [], []
-        for name in sorted(self.columns, key=lambda one: self.columns[one].start):
-            probe, cascade = self.probes[name], cascades.get(name)
-            if not probe.is_binary:
-                continue
-            column, (value, unit) = self.columns[name].start, threshold_of(probe)
-            if cascade is not None:
-                low.append(Watch(name, column, cascade.low, cascade.unit, "deferred"))
-                if cascade.high is not None:
-                    value, unit = cascade.high, cascade.unit
-            high.append(Watch(name, column, value, unit, "positive"))
-        lines = (*high, *low)
-        lowest = [_lowest_reaching(self.reductions[line.probe], line.value, line.unit) for line in lines]
-        values = torch.tensor(lowest, dtype=torch.float32)
-        columns = torch.tensor([line.column for line in lines], dtype=torch.int64)
-        all_in_order = columns.tolist() == list(range(self.n_columns))
-        return Watches(lines, len(high), values, None if all_in_order else columns)
-
     def combine(self, partials: Sequence[Tensor], device: torch.device) -> Tensor:
         """Partial logits of all hook points, each [batch pos columns], in the order of `hooks` -> logits [batch pos
         n_columns]."""
@@ -271,46 +152,3 @@ class ScoringPlan:
             return side_by_side.index_select(-1, self._moved_from.to(device))
         empty = side_by_side.new_zeros(*side_by_side.shape[:-1], self.n_columns)
         return empty.index_add(-1, self._order.to(device), side_by_side)
-
-
-@lru_cache(maxsize=4096)
-def _lowest_reaching(reduction: LiveReduction, threshold: float, unit: str) -> float:
-    """The smallest float32 that, as a value of the online reduction, reaches the threshold; NaN where none does.
-
-    A threshold may be in another unit than the reduction runs in, and one that was read off a score must be reached by that
-    very score: so it is looked for among the numbers themselves, and a step is one comparison.
-    """
-    limit = torch.tensor(threshold, dtype=torch.float32)
-    if unit == ("logit" if reduction.before == "none" else "probability"):
-        return limit.item()
-    lowest, highest = (0, _AS_INTEGER_1) if reduction.before != "none" else (-_AS_INTEGER_INF, _AS_INTEGER_INF)
-    if not bool(reduction.in_unit(_float_at(highest), unit) >= limit):
-        return math.nan
-    while lowest < highest:  # float32 numbers by rank, of which there are fewer than 2**32
-        middle = (lowest + highest) // 2
-        if bool(reduction.in_unit(_float_at(middle), unit) >= limit):
-            highest = middle
-        else:
-            lowest = middle + 1
-    return _float_at(lowest).item()
-
-
-_AS_INTEGER_1, _AS_INTEGER_INF = 0x3F800000, 0x7F800000
-
-
-def _float_at(rank: int) -> Tensor:
-    """The float32 number of this rank; numbers of the same sign are ordered as the integers that their bits spell."""
-    value = torch.tensor(abs(rank), dtype=torch.int32).view(torch.float32)
-    return value if rank >= 0 else -value
-
-
-def threshold_of(weights: ProbeWeights) -> tuple[float, ThresholdUnit]:
-    """Threshold and unit of a binary probe: its own, else a probability of 0.5, where its classifier changes its mind."""
-    own: Any = weights.threshold
-    return (own.value, own.unit) if own is not None else (0.5, "probability")
-
-
-def threshold_logit(weights: ProbeWeights) -> float:
-    """The threshold of a binary probe as a logit."""
-    value, unit = threshold_of(weights)
-    return value if unit == "logit" else _logit(value)

@@ -24,6 +24,8 @@ FLOORS = {
         "tokens",
         "extraction",
         "live_records",
+        "live_reduction",
+        "watches",
         "scoring_plan",
         "history",
         "crossings",

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lmprobe_tl import Probe, ReductionParameter, attach_probes, load_probe, register_reduction, score_prompts
 from lmprobe_tl.errors import IncompatibleProbeError, InputError, PoolingMismatchWarning
+from lmprobe_tl.live_reduction import live_reduction
 from lmprobe_tl.pooling import get_pooling_fn, parse_pooling_strategy, pool_all, reduce_scores, resolve_pooling
 from lmprobe_tl.reductions import REDUCTIONS, _unregister, make_online, reduce_batch
-from lmprobe_tl.scoring_plan import live_reduction
 
 State = tuple[Tensor, ...]
 PROMPTS = ["the cats read", "dogs read a line", "music and light", "rain and sun and rain", "the model writes", "cats"]
