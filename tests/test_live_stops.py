@@ -136,7 +136,7 @@ def test_a_forbidden_eos_is_an_error_and_no_text_that_went_on(gpt2: Tiny) -> Non
     with (
         pytest.raises(
             MonitorError,
-            match=r"row 0 was to end at an alarm \(stop=True\).* another token in the place of .* min_new_tokens",
+            match=r"row 0 was to end at an alarm \(stop=True\).* another token in the place of .*min_new_tokens",
         ),
         attach_probes(gpt2.bridge, always, stop=True),
     ):
