@@ -171,6 +171,12 @@ class LiveRun:
     def n_rows(self) -> int:
         return 0 if self._columns is None else self._columns.n_rows
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of what is kept of each token, on the device."""
+        scored = self._scored
+        return sum(history.n_bytes for history in (scored.tokens, scored.real, scored.logits, scored.running))
+
     def tokens(self) -> list[Tensor]:
         """Token ids of each row's scored positions, [n] int64 on the CPU."""
         with self._lock:
