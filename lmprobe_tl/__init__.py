@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from lmprobe_tl.evaluation import Evaluation
     from lmprobe_tl.extraction import ExtractedActivations, extract_activations
     from lmprobe_tl.generation import GenerationResult, monitored_generate
+    from lmprobe_tl.live_calibration import calibrate_probe
+    from lmprobe_tl.live_evaluation import LiveEvaluation, evaluate_live
     from lmprobe_tl.live_events import TokenEvent
     from lmprobe_tl.live_run import Alarm
     from lmprobe_tl.monitor import Monitor, attach_probes
     from lmprobe_tl.probe import Probe
     from lmprobe_tl.probe_file import load_probe
-    from lmprobe_tl.scoring import score_prompts
+    from lmprobe_tl.scoring import score_prompts, sequence_maxima
     from lmprobe_tl.weights import ProbeWeights
 
 __version__ = "0.1.0"
@@ -31,15 +33,19 @@ _HOMES = {
     "Evaluation": "evaluation",
     "ExtractedActivations": "extraction",
     "GenerationResult": "generation",
+    "LiveEvaluation": "live_evaluation",
     "Monitor": "monitor",
     "Probe": "probe",
     "ProbeWeights": "weights",
     "TokenEvent": "live_events",
     "attach_probes": "monitor",
+    "calibrate_probe": "live_calibration",
+    "evaluate_live": "live_evaluation",
     "extract_activations": "extraction",
     "load_probe": "probe_file",
     "monitored_generate": "generation",
     "score_prompts": "scoring",
+    "sequence_maxima": "scoring",
 }
 
 __all__ = [
@@ -47,16 +53,20 @@ __all__ = [
     "Evaluation",
     "ExtractedActivations",
     "GenerationResult",
+    "LiveEvaluation",
     "Monitor",
     "Probe",
     "ProbeWeights",
     "TokenEvent",
     "attach_probes",
+    "calibrate_probe",
+    "evaluate_live",
     "extract_activations",
     "load_probe",
     "monitored_generate",
     "pooling",
     "score_prompts",
+    "sequence_maxima",
 ]
 
 

@@ -2,6 +2,7 @@
 
 LmprobeError
 |- InputError (ValueError)                 an argument that cannot be used as given
+|   |- CalibrationError                    a threshold that cannot be set as asked: too few sequences, too little recall
 |   |- EmptyMaskError                      rows without a token that counts
 |   |- PromptTooLongError                  prompts beyond the model's context
 |   `- UnknownHookPointError (KeyError)    a hook point that the model does not have
@@ -23,6 +24,10 @@ class LmprobeError(Exception):
 
 class InputError(LmprobeError, ValueError):
     """An argument that cannot be used as given."""
+
+
+class CalibrationError(InputError):
+    """A threshold that cannot be set as asked: too few sequences, scores that are not finite, or too little recall."""
 
 
 class EmptyMaskError(InputError):

@@ -197,10 +197,16 @@ class LiveRun:
                 )
         return rows
 
-    def row_running(self, name: str) -> list[Tensor]:
-        """Running score after each position, NaN before the first that counts: [n] or [n n_classes]."""
+    def row_running(self, name: str, unit: str | None = None) -> list[Tensor]:
+        """Running score after each position, NaN before the first that counts: [n] or [n n_classes].
+
+        unit: 'logit' or 'probability' for a binary probe, straight from its online reduction; None takes the score's own.
+        """
         self._finite_logits(name)  # NaN shall have no other reason
         self.advance()
+        if unit is not None:
+            reduction, column = self.plan.reductions[name], self.plan.columns[name].start
+            return [reduction.in_unit(running[:, column], unit) for running in self._by_row(self._running)]
         group = self.plan.group_of(name)
         rows = [group.leave(running[..., group.columns])[..., group.places[name]] for running in self._by_row(self._running)]
         return self._squeezed(name, rows)

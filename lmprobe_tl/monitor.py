@@ -75,9 +75,16 @@ class Monitor:
         """
         return self._last_run(name).row_logits(name)
 
-    def running_scores(self, name: str) -> list[Tensor]:
-        """The probe's inference pooling of all positions so far, after each position; NaN before the first that counts."""
-        return self._last_run(name).row_running(name)
+    def running_scores(self, name: str, unit: str | None = None) -> list[Tensor]:
+        """The probe's inference pooling of all positions so far, after each position; NaN before the first that counts.
+
+        unit: 'logit' or 'probability' for a probe with two classes. Logits tell very confident scores apart where
+        probabilities are all 1; those of a mean of probabilities cannot, and are infinite there. None: the pooling's own.
+        """
+        run = self._last_run(name)
+        if unit is not None and (unit not in ("logit", "probability") or not self.plan.probes[name].is_binary):
+            raise InputError(f"unit is {unit!r}; expected 'logit' or 'probability' for a probe with two classes, or None.")
+        return run.row_running(name, unit)
 
     def alarms(self) -> list[tuple[Alarm, ...]]:
         """For each row the first position at which each probe's running score reached its threshold."""
