@@ -62,7 +62,7 @@ def _lines(weights: ProbeWeights) -> list[str]:
     assert threshold is not None
     lines = [
         f"threshold: {threshold.unit} >= {threshold.value:g} ({threshold.statistic})",
-        f"method: {threshold.method}, just above number {threshold.rank} of {threshold.n} negative sequences in rising order",
+        f"method: {threshold.method} (just above rank {threshold.rank} of {threshold.n} negative sequences in rising order)",
         f"guarantee: {threshold.guarantee}",
     ]
     recall = weights.spec.metrics.get(RECALL_METRIC)

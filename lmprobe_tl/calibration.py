@@ -133,7 +133,8 @@ def calibrate_threshold(
     maxima = np.sort(checked_maxima(negatives, "negative"))
     rank = threshold_rank(len(maxima), fpr, delta, method)
     below = maxima[rank - 1]
-    value = np.nextafter(below, np.float32(np.inf))
+    with np.errstate(over="ignore"):  # past the greatest float32 comes inf
+        value = np.nextafter(below, np.float32(np.inf))
     if not np.isfinite(value) or (unit == "probability" and value > 1):
         count = int((maxima >= below).sum())
         raise CalibrationError(

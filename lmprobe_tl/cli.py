@@ -253,9 +253,9 @@ def score(
     from lmprobe_tl.scoring import score_prompts
 
     found = score_prompts(_load(model), texts, weights, batch_size=batch_size, prepend_bos=bos)[weights.name]
-    records = [
-        _score_record(weights, text, *row) for text, *row in zip(texts, found.scores, found.token_logits, strict=True)
-    ]
+    flagged = [None] * len(texts) if found.flagged is None else found.flagged.tolist()
+    rows = zip(texts, found.scores, found.token_logits, flagged, strict=True)
+    records = [_score_record(weights, *row) for row in rows]
     if not tokens:
         for record in records:
             del record["token_logits"]
@@ -367,13 +367,12 @@ def _split(labels: Sequence[Any], share: float, seed: int) -> tuple[list[int], l
     return train, test
 
 
-def _score_record(weights: Any, text: str, score: Any, token_logits: Any) -> dict[str, Any]:
+def _score_record(weights: Any, text: str, score: Any, token_logits: Any, flagged: bool | None) -> dict[str, Any]:
     record: dict[str, Any] = {"text": text, "score": score.tolist()}
     if weights.is_binary:
-        from lmprobe_tl.scoring_plan import live_reduction, threshold_logit
+        from lmprobe_tl.scoring_plan import live_reduction
 
-        unit, threshold = live_reduction(weights).unit, score.new_tensor(threshold_logit(weights))
-        record |= {"unit": unit, "flagged": bool(score >= (threshold if unit == "logit" else threshold.sigmoid()))}
+        record |= {"unit": live_reduction(weights).unit, "flagged": flagged}
     else:
         record["label"] = weights.labels[int(score.argmax())]
     return record | {"token_logits": token_logits.tolist()}

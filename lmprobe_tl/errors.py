@@ -13,6 +13,7 @@ LmprobeError
     `- ProbeNeverFiredError                a probe whose hook points saw no activation
 
 LmprobeWarning (UserWarning)
+|- CalibrationWarning                      a threshold whose guarantee hangs on the last digits of the scores
 |- PoolingMismatchWarning                  trained on one pooling, used with another
 `- ModelMismatchWarning                    a probe file made with another model or tokenizer
 """
@@ -75,6 +76,10 @@ class ProbeNeverFiredError(MonitorError):
 
 class LmprobeWarning(UserWarning):
     """Base class of all warnings of lmprobe_tl."""
+
+
+class CalibrationWarning(LmprobeWarning):
+    """A threshold whose guarantee hangs on the last digits of the scores."""
 
 
 class PoolingMismatchWarning(LmprobeWarning):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmprobe_tl.calibration import (
     Calibration,
@@ -16,12 +18,15 @@ from lmprobe_tl.calibration import (
     recall_at_threshold,
     threshold_rank,
 )
-from lmprobe_tl.errors import InputError
+from lmprobe_tl.errors import CalibrationWarning, InputError
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.monitor import as_weights
+from lmprobe_tl.probe_spec import ThresholdRecord
 from lmprobe_tl.scoring import live_unit, sequence_maxima
 from lmprobe_tl.tokens import Prompt, Truncation, check_prompts
 from lmprobe_tl.weights import ProbeWeights
+
+ROUNDING = 1e-5  # of a float32 score, relative to its size if that is above 1, between one way of batching and another
 
 
 def calibrate_probe(
@@ -119,6 +124,7 @@ def measure_calibration(
     model = load_model(model)
     negatives = sequence_maxima(model, negative_prompts, weights, unit=unit, **scoring).numpy()
     threshold = calibrate_threshold(negatives, goal.fpr, goal.delta, method=goal.method, unit=unit, statistic=statistic)
+    _warn_of_ties(negatives, threshold)
     if positive_prompts is None:
         return Calibration(threshold)
     positives = sequence_maxima(model, positive_prompts, weights, unit=unit, **scoring).numpy()
@@ -127,6 +133,22 @@ def measure_calibration(
         check_recall(recall, goal.min_recall, negatives, positives, threshold)
     curve = fit_probabilities(negatives, positives, unit=unit, statistic=statistic) if goal.probability else None
     return Calibration(threshold, recall, curve)
+
+
+def _warn_of_ties(negatives: NDArray[np.float32], threshold: ThresholdRecord) -> None:
+    """Scores move in their last digits with batch, cache and hardware. Where many sequences share one running maximum, as
+    that of a first token or of a template that all begin with, they could all cross together."""
+    assert threshold.rank is not None and threshold.fpr is not None
+    margin = ROUNDING * max(1.0, abs(threshold.value))
+    near = int((negatives >= threshold.value - margin).sum())
+    if near > max(threshold.fpr * len(negatives), len(negatives) - threshold.rank + 1):
+        warnings.warn(
+            f"{near} of {len(negatives)} negative sequences have a running maximum of {threshold.value:g} or more, up to "
+            f"rounding ({margin:g}), and with other batches or hardware all of these may raise alarms. Do they begin alike? "
+            "Then use an inference pooling that looks beyond the beginning, or a lower fpr.",
+            CalibrationWarning,
+            stacklevel=4,
+        )
 
 
 def statistic_of(weights: ProbeWeights) -> str:

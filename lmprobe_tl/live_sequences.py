@@ -60,6 +60,7 @@ SeenSequences: TypeAlias = dict[str, list[LiveSequence]]  # by probe name, one a
 
 
 def whole_texts(model: Any, rows: list[list[int]], probes: list[ProbeWeights], **running: Any) -> SeenSequences:
+    """What live runs say of whole texts, given as token ids; running: as in `score_batches`."""
     seen: dict[str, list[Any]] = {weights.name: [None] * len(rows) for weights in probes}
     bos = bos_id(model)
 
@@ -106,6 +107,7 @@ def continued_texts(
     progress: bool | None,
     strict: bool,
 ) -> SeenSequences:
+    """What live runs say of prompts, given as token ids, and their continuations; sampling: as in `monitored_generate`."""
     seen: dict[str, list[Any]] = {weights.name: [None] * len(rows) for weights in probes}
     hidden = None if progress is None else not progress
     with tqdm(total=len(rows), desc="generation", unit="prompt", disable=hidden, leave=False) as bar:

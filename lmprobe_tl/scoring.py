@@ -15,7 +15,7 @@ from lmprobe_tl.errors import InputError
 from lmprobe_tl.hook_points import device_of, load_model, run_to_hook_points
 from lmprobe_tl.monitor import Monitor, as_probes, as_weights, attach_probes, recorded_prepend_bos
 from lmprobe_tl.probe_spec import ThresholdUnit
-from lmprobe_tl.scoring_plan import live_reduction
+from lmprobe_tl.scoring_plan import live_reduction, threshold_of
 from lmprobe_tl.tokens import (
     Prompt,
     Truncation,
@@ -38,10 +38,13 @@ class PromptScores:
     for the streaming reductions on logits) or [n_prompts n_classes].
     In float32, in which all probabilities beyond a logit of 17 are 1: rank very confident ones by their logits.
     token_logits: one tensor a prompt, [n] or [n n_classes], an entry for each token, BOS included.
+    flagged: whether each score reaches the probe's threshold, [n_prompts] bool, compared in the threshold's own unit, where
+    live runs compare; None with several classes. (Live, an alarm stays raised where a later score falls again.)
     """
 
     scores: Tensor
     token_logits: list[Tensor]
+    flagged: Tensor | None = None
 
 
 def score_prompts(
@@ -67,15 +70,20 @@ def score_prompts(
     rows = prompt_rows(model, prompts, loaded, prepend_bos=prepend_bos, max_length=max_length, truncation=truncation)
     scores: dict[str, list[Any]] = {weights.name: [None] * len(rows) for weights in loaded}
     logits: dict[str, list[Any]] = {weights.name: [None] * len(rows) for weights in loaded}
+    flagged = {weights.name: torch.zeros(len(rows), dtype=torch.bool) for weights in loaded if weights.is_binary}
 
     def read(indices: list[int], monitor: Monitor) -> None:
         for weights in loaded:
             running = monitor.running_scores(weights.name)
             for index, one_running, one_logits in zip(indices, running, monitor.token_scores(weights.name), strict=True):
                 scores[weights.name][index], logits[weights.name][index] = one_running[-1], one_logits
+            if weights.is_binary:
+                value, unit = threshold_of(weights)
+                last = torch.stack([row[-1] for row in monitor.running_scores(weights.name, unit)])
+                flagged[weights.name][indices] = last >= torch.tensor(value, dtype=last.dtype)
 
     score_batches(model, rows, loaded, read, batch_size=batch_size, progress=progress, strict=strict)
-    return {name: PromptScores(torch.stack(scores[name]), logits[name]) for name in scores}
+    return {name: PromptScores(torch.stack(scores[name]), logits[name], flagged.get(name)) for name in scores}
 
 
 def sequence_maxima(
