@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from lmprobe_tl.calibration import (
     recall_at_threshold,
     threshold_rank,
 )
-from lmprobe_tl.errors import CalibrationWarning, InputError
+from lmprobe_tl.errors import CalibrationError, CalibrationWarning, InputError
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.monitor import as_weights
 from lmprobe_tl.probe_spec import ThresholdRecord
@@ -149,6 +149,26 @@ def _warn_of_ties(negatives: NDArray[np.float32], threshold: ThresholdRecord) ->
             CalibrationWarning,
             stacklevel=4,
         )
+
+
+def check_unseen(rows: Sequence[Sequence[int]], trained_on: Collection[int], name: str) -> None:
+    """CalibrationError naming the rows of token ids that a probe was trained on, by their hashes."""
+    known = [index for index, row in enumerate(rows) if hash(tuple(row)) in trained_on]
+    if known:
+        raise CalibrationError(
+            f"{len(known)} of the {len(rows)} {name} were trained on, the first at index {known[0]}: their scores say "
+            "nothing of new text. Leave them out, or take method='empirical', which promises nothing."
+        )
+
+
+def score_settings(weights: ProbeWeights) -> dict[str, Any]:
+    """What shapes a live score, apart from direction and intercept."""
+    pooling = weights.spec.pooling
+    return {
+        "inference_pooling": pooling.inference,
+        "include_bos": pooling.include_bos,
+        "prepend_bos": weights.spec.tokenizer.prepend_bos,
+    }
 
 
 def statistic_of(weights: ProbeWeights) -> str:

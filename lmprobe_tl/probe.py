@@ -13,7 +13,8 @@ import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
-from lmprobe_tl.errors import CalibrationError, InputError, PoolingMismatchWarning
+from lmprobe_tl.calibration import Calibration
+from lmprobe_tl.errors import InputError, PoolingMismatchWarning
 from lmprobe_tl.estimators import make_classifier
 from lmprobe_tl.estimators.fitting import fit_classifier
 from lmprobe_tl.estimators.linear_rule import linear_rule
@@ -30,7 +31,7 @@ from lmprobe_tl.hook_points import (
 )
 from lmprobe_tl.inference import TokenOutputs, prompt_outputs, token_outputs
 from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
-from lmprobe_tl.live_calibration import CalibrationGoal, measure_calibration
+from lmprobe_tl.live_calibration import CalibrationGoal, check_unseen, measure_calibration, score_settings
 from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, resolve_pooling
 from lmprobe_tl.probe_spec import PoolingRecord, ProbeSpec, TrainingRecord
 from lmprobe_tl.provenance import classifier_name, data_hash, package_versions
@@ -355,23 +356,20 @@ class Probe(ClassifierMixin, BaseEstimator):
         """
         weights, goal = self._weights(), CalibrationGoal(fpr, delta, method, min_recall, probability)
         goal.check(weights, negative_prompts, positive_prompts)
-        negatives = self._new_tokens(negative_prompts, "negative_prompts", method)
-        positives = None if positive_prompts is None else self._new_tokens(positive_prompts, "positive_prompts", method)
-        settings = {"batch_size": self.batch_size, "progress": self.progress}
-        self.calibration_ = measure_calibration(self.model_, weights, goal, negatives, positives, **settings)
-        self._calibrated_as = _score_settings(weights)
+        tokens: list[Any] = [None, None]
+        for at, (name, prompts) in enumerate(
+            (("negative_prompts", negative_prompts), ("positive_prompts", positive_prompts))
+        ):
+            if prompts is not None:
+                rows = self._tokenize(self.model_, check_prompts(prompts))
+                if method != "empirical":
+                    check_unseen(rows, self._trained_on, name)
+                tokens[at] = [np.array(row, dtype=np.int64) for row in rows]
+        self.calibration_: Calibration = measure_calibration(
+            self.model_, weights, goal, *tokens, batch_size=self.batch_size, progress=self.progress
+        )
+        self._calibrated_as: dict[str, Any] = score_settings(weights)
         return self
-
-    def _new_tokens(self, prompts: Sequence[Prompt], name: str, method: str) -> list[Prompt]:
-        """The prompts' token ids; CalibrationError naming those that were trained on."""
-        rows = self._tokenize(self.model_, check_prompts(prompts))
-        known = [index for index, row in enumerate(rows) if hash(tuple(row)) in self._trained_on]
-        if known and method != "empirical":
-            raise CalibrationError(
-                f"{len(known)} of the {len(rows)} {name} were trained on, the first at index {known[0]}: their scores say "
-                "nothing of new text. Leave them out, or take method='empirical', which promises nothing."
-            )
-        return [np.array(row, dtype=np.int64) for row in rows]
 
     # --- the artefact ---
 
@@ -386,10 +384,10 @@ class Probe(ClassifierMixin, BaseEstimator):
         weights = self._weights()
         if not hasattr(self, "calibration_"):
             return weights
-        if _score_settings(weights) != self._calibrated_as:
+        if score_settings(weights) != self._calibrated_as:
             raise InputError(
                 f"the threshold was calibrated with {self._calibrated_as}, and the parameters now say "
-                f"{_score_settings(weights)}; call calibrate (or fit) again."
+                f"{score_settings(weights)}; call calibrate (or fit) again."
             )
         return weights.with_calibration(self.calibration_)
 
@@ -440,16 +438,6 @@ class Probe(ClassifierMixin, BaseEstimator):
         if evaluation is not None:
             weights = weights.with_metrics({**weights.spec.metrics, **evaluation.records()})
         return weights.save(path)
-
-
-def _score_settings(weights: ProbeWeights) -> dict[str, Any]:
-    """What shapes a live score, apart from the classifier."""
-    pooling = weights.spec.pooling
-    return {
-        "inference_pooling": pooling.inference,
-        "include_bos": pooling.include_bos,
-        "prepend_bos": weights.spec.tokenizer.prepend_bos,
-    }
 
 
 def pooling_name(pooling: str | PoolingStrategy) -> str:
