@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmprobe_tl import pooling
+    from lmprobe_tl.calibration import Calibration
     from lmprobe_tl.evaluation import Evaluation
     from lmprobe_tl.extraction import ExtractedActivations, extract_activations
     from lmprobe_tl.generation import GenerationResult, monitored_generate
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 # Where each public name lives: it is imported when it is first used (PEP 562), so that `import lmprobe_tl` costs nothing.
 _HOMES = {
     "Alarm": "live_run",
+    "Calibration": "calibration",
     "Evaluation": "evaluation",
     "ExtractedActivations": "extraction",
     "GenerationResult": "generation",
@@ -50,6 +52,7 @@ _HOMES = {
 
 __all__ = [
     "Alarm",
+    "Calibration",
     "Evaluation",
     "ExtractedActivations",
     "GenerationResult",

@@ -204,6 +204,10 @@ def test_a_calibration_brings_its_threshold_recall_and_curve_and_takes_the_old_o
     manual = full.with_threshold(0.5)
     assert manual.spec.probability_calibration == curve and dict(manual.spec.metrics) == {"auroc": one}
     assert pickle.loads(pickle.dumps(full)).spec == full.spec
+    # a float32 probability that was rounded to 0 or 1 counts as it did in the fit
+    flat = probe.with_calibration(Calibration(threshold, one, dataclasses.replace(curve, slope=0.01, intercept=0.0)))
+    ends = 1 / (1 + 2 ** (150 * 0.01)), 1 / (1 + (2**25 - 1) ** -0.01)
+    assert flat.calibrated_probabilities([-math.inf, math.inf]).tolist() == pytest.approx(ends)
     assert full.calibrated_probabilities(torch.tensor([0.5, 3.0])).tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-5))])
 
 
