@@ -298,10 +298,7 @@ class LiveRun:
         if unit is None:
             return self.plan.group_of(name).leave(values)
         if unit not in ("probability", "logit") or not self.plan.probes[name].is_binary:
-            raise InputError(
-                f"unit is {unit!r} for probe {name!r} of {self.plan.probes[name].n_classes} classes; expected None, or "
-                "'probability' or 'logit' for a probe of two."
-            )
+            raise InputError(f"unit is {unit!r}; expected 'logit' or 'probability' for a probe with two classes, or None.")
         return self.plan.reductions[name].in_unit(values, unit)
 
     def _squeezed(self, name: str, rows: list[Tensor]) -> list[Tensor]:

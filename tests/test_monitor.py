@@ -933,3 +933,39 @@ def test_probes_come_as_weights_as_files_or_as_anything_that_makes_weights(gpt2:
     for name, seed in (("p", 0), ("from file", 1), ("fitted", 2)):
         probe = make_probe(seed=seed)
         assert_same(monitor.token_scores(name)[0], probe.logits(features_of(gpt2, ids, probe)))
+
+
+# --- units ---
+
+
+@pytest.mark.parametrize("inference", ["score:max", "mean", "score:mean", "last_token", "score:ema_max(0.5)"])
+def test_running_scores_come_in_either_unit(gpt2: Tiny, inference: str) -> None:
+    tokens, mask = left_padded([encode(gpt2, text, bos=True) for text in PROMPTS])
+    with attach_probes(gpt2.bridge, make_probe(inference=inference)) as monitor:
+        gpt2.bridge(tokens, attention_mask=mask)
+    for row, own in enumerate(monitor.running_scores("p")):
+        logits = monitor.running_scores("p", unit="logit")[row]
+        probabilities = monitor.running_scores("p", unit="probability")[row]
+        assert torch.equal(own.isnan(), logits.isnan()) and torch.equal(own.isnan(), probabilities.isnan())
+        torch.testing.assert_close(logits.sigmoid(), probabilities, equal_nan=True)
+        exact = logits if inference == "score:ema_max(0.5)" else probabilities
+        assert torch.equal(own.nan_to_num(), exact.nan_to_num())
+
+
+def test_logits_of_running_scores_do_not_saturate(gpt2: Tiny) -> None:
+    tokens, mask = left_padded([encode(gpt2, text) for text in PROMPTS])
+    with attach_probes(gpt2.bridge, make_probe(scale=50.0)) as monitor:
+        gpt2.bridge(tokens, attention_mask=mask)
+    final = [row[-1] for row in monitor.running_scores("p", unit="logit")]
+    logits = [row[1:].max() if encode(gpt2, PROMPTS[0])[0] == BOS else row.max() for row in monitor.token_scores("p")]
+    assert final == logits and min(final) < -104, "as a probability this is 0"
+
+
+def test_a_unit_that_a_probe_does_not_have_is_refused(gpt2: Tiny) -> None:
+    with attach_probes(gpt2.bridge, [make_probe(), make_probe("classes", n_classes=3)]) as monitor:
+        gpt2.bridge(torch.tensor([[5, 6]]))
+    with pytest.raises(InputError, match="unit is 'percent'; expected 'logit' or 'probability'"):
+        monitor.running_scores("p", "percent")
+    with pytest.raises(InputError, match="unit is 'logit'; expected .* for a probe with two classes, or None"):
+        monitor.running_scores("classes", "logit")
+    assert monitor.running_scores("classes")[0].shape == (2, 3)
