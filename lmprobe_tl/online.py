@@ -8,8 +8,9 @@ and a chunk of at least one position, and returns the running score after each p
     counted  [batch pos 1]   bool
     seen     [batch pos 1]   how many positions of the row have counted so far, this one and earlier chunks included
 
-What a step returns where nothing has counted yet is never looked at; an uncounted position repeats the value before it. One
-position is the case that must be quick: while a model generates, it is every step.
+What a step returns where nothing has counted yet is never looked at; an uncounted position repeats the value before it. A
+step writes into nothing that it is given, its state aside. One position is the case that must be quick: while a model
+generates, it is every step.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The online twins that are built in, each a start and a step as the top of online.py describes them.
 
 A step has a path of its own for one position: while a model generates, it is every step, and has to be quick.
+Bytes of state for one row and probe: last_token, first_token, max and min 4, mean 8, ema_max and softmax 16, rolling_max
+8 (window + 2).
 """
 
 from __future__ import annotations

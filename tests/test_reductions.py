@@ -211,18 +211,19 @@ def test_the_state_does_not_grow(name: str, parameter: float | None) -> None:
         assert online._seen.untyped_storage().nbytes() == 8 * n_rows
 
 
-def test_long_chunks_are_worked_on_in_blocks() -> None:
-    sizes = []
+@pytest.mark.parametrize(("state_length", "expected"), [(1, [187] * 5 + [65]), (600, [600, 400])])
+def test_long_chunks_are_worked_on_in_blocks(state_length: int, expected: list[int]) -> None:
+    """2^18 scores are 187 positions of 2 rows and 700 probes; a block is no shorter than the state, which each one turns."""
+    lengths = []
 
     def step(state: tuple[Tensor, ...], z: Tensor, counted: Tensor, seen: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        sizes.append(z.numel())
+        lengths.append(z.shape[1])
         return z, state
 
-    online = OnlineReduction(lambda zero: (zero,), step, (), 2, 700, "cpu")
+    online = OnlineReduction(lambda zero: (zero.new_zeros(2, state_length, 700),), step, (), 2, 700, "cpu")
     scores = torch.randn(2, 1000, 700)
     assert torch.equal(online.update(scores, torch.ones(2, 1000, dtype=torch.bool)), scores)
-    assert sum(sizes) == scores.numel()
-    assert max(sizes) <= online_module.BLOCK_SCORES < scores.numel()
+    assert lengths == expected
 
 
 @by_case

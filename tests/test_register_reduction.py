@@ -200,6 +200,11 @@ def forgets(state: State, z: Tensor, counted: Tensor, seen: Tensor) -> tuple[Ten
     return running, state
 
 
+def wrong_alone(state: State, z: Tensor, counted: Tensor, seen: Tensor) -> tuple[Tensor, State]:
+    running, state = spread_step(state, z, counted, seen)
+    return (running + (seen > 1) if z.shape[1] == 1 else running), state
+
+
 def spoils(state: State, z: Tensor, counted: Tensor, seen: Tensor) -> tuple[Tensor, State]:
     result = spread_step(state, z, counted, seen)
     counted.logical_not_()
@@ -226,6 +231,7 @@ def returns(what: Any) -> Callable[..., Any]:
         ({"step": feels_mates}, "disagree"),
         ({"step": feels_probes}, "disagree"),
         ({"step": forgets}, r"disagree.*the batch form gives .*, the online twin .*row \d of 6, position \d+, counted"),
+        ({"step": wrong_alone}, r"disagree.*chunks cut at \[0, 1, 2, 3, 4"),
         ({"step": off_by(1e-3)}, "disagree"),
         ({"start": lambda zero: (zero, zero)}, "disagree"),
         ({"step": spoils}, "writes into z, counted or seen"),
