@@ -805,7 +805,7 @@ def test_output_into_a_closed_pipe_is_quiet(
     run: Run, probes: dict[str, Path], monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     weights = load_probe(probes["prose"])
-    monkeypatch.setattr("lmprobe_tl.probe_file.probe_summary", lambda _: {"name": weights.name * size})
+    monkeypatch.setattr("lmprobe_tl.probe_summary.probe_summary", lambda _: {"name": weights.name * size})
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
