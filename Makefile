@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-tl3 check demo-model clean
+.PHONY: demo test test-tl3 check bench-live demo-model clean
 
 demo: .venv/installed
 	$(BIN)/lmprobe-tl demo
@@ -18,6 +18,10 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What live scoring costs, against bare steps; half an hour on two cores. Leave the machine alone meanwhile.
+bench-live: .venv/installed
+	$(BIN)/python -m benchmarks.bench_live
 
 # Trains the embedded model anew: about an hour on two cores.
 demo-model: .venv/installed

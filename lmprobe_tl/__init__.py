@@ -12,51 +12,73 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmprobe_tl import pooling
+    from lmprobe_tl.calibration import Calibration
     from lmprobe_tl.evaluation import Evaluation
     from lmprobe_tl.extraction import ExtractedActivations, extract_activations
     from lmprobe_tl.generation import GenerationResult, monitored_generate
-    from lmprobe_tl.live_events import TokenEvent
-    from lmprobe_tl.live_run import Alarm
+    from lmprobe_tl.live_calibration import calibrate_probe
+    from lmprobe_tl.live_evaluation import LiveEvaluation, evaluate_live
+    from lmprobe_tl.live_records import Alarm, Escalate, TokenEvent
+    from lmprobe_tl.live_run import LiveRun
     from lmprobe_tl.monitor import Monitor, attach_probes
     from lmprobe_tl.probe import Probe
     from lmprobe_tl.probe_file import load_probe
-    from lmprobe_tl.scoring import score_prompts
+    from lmprobe_tl.reductions import ReductionParameter, register_reduction
+    from lmprobe_tl.scoring import score_prompts, sequence_maxima
     from lmprobe_tl.weights import ProbeWeights
 
 __version__ = "0.1.0"
 
 # Where each public name lives: it is imported when it is first used (PEP 562), so that `import lmprobe_tl` costs nothing.
 _HOMES = {
-    "Alarm": "live_run",
+    "Alarm": "live_records",
+    "Calibration": "calibration",
+    "Escalate": "live_records",
     "Evaluation": "evaluation",
     "ExtractedActivations": "extraction",
     "GenerationResult": "generation",
+    "LiveEvaluation": "live_evaluation",
+    "LiveRun": "live_run",
     "Monitor": "monitor",
     "Probe": "probe",
     "ProbeWeights": "weights",
-    "TokenEvent": "live_events",
+    "ReductionParameter": "reductions",
+    "TokenEvent": "live_records",
     "attach_probes": "monitor",
+    "calibrate_probe": "live_calibration",
+    "evaluate_live": "live_evaluation",
     "extract_activations": "extraction",
     "load_probe": "probe_file",
     "monitored_generate": "generation",
+    "register_reduction": "reductions",
     "score_prompts": "scoring",
+    "sequence_maxima": "scoring",
 }
 
 __all__ = [
     "Alarm",
+    "Calibration",
+    "Escalate",
     "Evaluation",
     "ExtractedActivations",
     "GenerationResult",
+    "LiveEvaluation",
+    "LiveRun",
     "Monitor",
     "Probe",
     "ProbeWeights",
+    "ReductionParameter",
     "TokenEvent",
     "attach_probes",
+    "calibrate_probe",
+    "evaluate_live",
     "extract_activations",
     "load_probe",
     "monitored_generate",
     "pooling",
+    "register_reduction",
     "score_prompts",
+    "sequence_maxima",
 ]
 
 

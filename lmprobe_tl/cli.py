@@ -1,4 +1,4 @@
-"""The command `lmprobe-tl`: demo, fit, score, generate, inspect."""
+"""The command `lmprobe-tl`: demo, fit, calibrate, score, generate, inspect."""
 
 from __future__ import annotations
 
@@ -181,6 +181,50 @@ def fit(
 
 
 @app.command()
+def calibrate(
+    probe: ProbeArgument,
+    negatives: Annotated[
+        str, typer.Argument(help="Harmless texts, one a sequence: .txt (one a line), .jsonl, .csv, or - for standard input.")
+    ],
+    positives: Annotated[
+        str | None, typer.Option("--positives", help="Texts with what the probe looks for, to report its recall.")
+    ] = None,
+    fpr: Annotated[float, typer.Option("--fpr", help="Share of harmless sequences that may raise a false alarm.")] = 0.01,
+    delta: Annotated[float, typer.Option("--delta", help="pac: the chance that more do is at most this.")] = 0.05,
+    method: Annotated[
+        str, typer.Option("--method", help="pac, conformal (holds on average) or empirical (no promise for new text).")
+    ] = "pac",
+    min_recall: Annotated[
+        float | None, typer.Option("--min-recall", help="Fail where the recall on --positives is lower.")
+    ] = None,
+    probability: Annotated[
+        bool, typer.Option("--probability", help="Fit calibrated probabilities too (needs --positives).")
+    ] = False,
+    model: ModelOption = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Probe file to write; by default back into PROBE.")] = None,
+    text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
+    batch_size: BatchOption = 8,
+    bos: BosOption = None,
+) -> None:
+    """Set the threshold of a probe file for live use, with a stated guarantee on false alarms."""
+    from lmprobe_tl.calibrate_command import calibrate_file
+    from lmprobe_tl.live_calibration import CalibrationGoal
+
+    lines = calibrate_file(
+        probe,
+        negatives,
+        positives,
+        CalibrationGoal(fpr, delta, method, min_recall, probability),
+        load_model=lambda: _load(model),
+        out=out,
+        text_column=text_column,
+        batch_size=batch_size,
+        prepend_bos=bos,
+    )
+    print("\n".join(lines))
+
+
+@app.command()
 def score(
     probe: ProbeArgument,
     prompts: Annotated[
@@ -209,9 +253,9 @@ def score(
     from lmprobe_tl.scoring import score_prompts
 
     found = score_prompts(_load(model), texts, weights, batch_size=batch_size, prepend_bos=bos)[weights.name]
-    records = [
-        _score_record(weights, text, *row) for text, *row in zip(texts, found.scores, found.token_logits, strict=True)
-    ]
+    flagged = [None] * len(texts) if found.flagged is None else found.flagged.tolist()
+    rows = zip(texts, found.scores, found.token_logits, flagged, strict=True)
+    records = [_score_record(weights, *row) for row in rows]
     if not tokens:
         for record in records:
             del record["token_logits"]
@@ -281,7 +325,8 @@ def generate(
 @app.command()
 def inspect(probe: ProbeArgument) -> None:
     """Print what is in a probe file."""
-    from lmprobe_tl.probe_file import load_probe, probe_summary
+    from lmprobe_tl.probe_file import load_probe
+    from lmprobe_tl.probe_summary import probe_summary
 
     rows = probe_summary(load_probe(probe))
     widest = max(len(key) for key in rows)
@@ -322,13 +367,12 @@ def _split(labels: Sequence[Any], share: float, seed: int) -> tuple[list[int], l
     return train, test
 
 
-def _score_record(weights: Any, text: str, score: Any, token_logits: Any) -> dict[str, Any]:
+def _score_record(weights: Any, text: str, score: Any, token_logits: Any, flagged: bool | None) -> dict[str, Any]:
     record: dict[str, Any] = {"text": text, "score": score.tolist()}
     if weights.is_binary:
-        from lmprobe_tl.scoring_plan import live_reduction, threshold_logit
+        from lmprobe_tl.live_reduction import live_reduction
 
-        unit, threshold = live_reduction(weights).unit, score.new_tensor(threshold_logit(weights))
-        record |= {"unit": unit, "flagged": bool(score >= (threshold if unit == "logit" else threshold.sigmoid()))}
+        record |= {"unit": live_reduction(weights).unit, "flagged": flagged}
     else:
         record["label"] = weights.labels[int(score.argmax())]
     return record | {"token_logits": token_logits.tolist()}

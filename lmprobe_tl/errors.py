@@ -2,6 +2,7 @@
 
 LmprobeError
 |- InputError (ValueError)                 an argument that cannot be used as given
+|   |- CalibrationError                    a threshold that cannot be set as asked: too few sequences, too little recall
 |   |- EmptyMaskError                      rows without a token that counts
 |   |- PromptTooLongError                  prompts beyond the model's context
 |   `- UnknownHookPointError (KeyError)    a hook point that the model does not have
@@ -12,6 +13,7 @@ LmprobeError
     `- ProbeNeverFiredError                a probe whose hook points saw no activation
 
 LmprobeWarning (UserWarning)
+|- CalibrationWarning                      a threshold whose guarantee hangs on the last digits of the scores
 |- PoolingMismatchWarning                  trained on one pooling, used with another
 `- ModelMismatchWarning                    a probe file made with another model or tokenizer
 """
@@ -23,6 +25,10 @@ class LmprobeError(Exception):
 
 class InputError(LmprobeError, ValueError):
     """An argument that cannot be used as given."""
+
+
+class CalibrationError(InputError):
+    """A threshold that cannot be set as asked: too few sequences, scores that are not finite, or too little recall."""
 
 
 class EmptyMaskError(InputError):
@@ -70,6 +76,10 @@ class ProbeNeverFiredError(MonitorError):
 
 class LmprobeWarning(UserWarning):
     """Base class of all warnings of lmprobe_tl."""
+
+
+class CalibrationWarning(LmprobeWarning):
+    """A threshold whose guarantee hangs on the last digits of the scores."""
 
 
 class PoolingMismatchWarning(LmprobeWarning):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +18,83 @@ from lmprobe_tl.errors import IncompatibleProbeError, MonitorError
 @dataclass(frozen=True)
 class ForwardCall:
     """What a model was called with: `tokens` [batch new], of which the first stands at column `start` of the whole sequence,
-    and `attention_mask` [batch columns], None where every token is real."""
+    `attention_mask` [batch columns], None where every token is real, and `cache`, the object that holds keys and values."""
 
     tokens: Tensor
     start: int
     attention_mask: Tensor | None
+    cache: Any = None
 
 
-def watch_forward(model: Any, callback: Callable[[ForwardCall], None]) -> Any:
-    """Call `callback` before every forward pass of the model, also inside `generate`; returns a handle with `remove()`."""
-    first_block = _first_block(model)
-    if first_block is not None:
-        return _BlockWatch(model.embed, first_block, callback)
-    module = getattr(model, "original_model", model)
+class ForwardWatch:
+    """Calls `before(call)` before each forward pass of the model, also inside `generate`, and `after(output)` at its end."""
 
-    def before_forward(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        callback(_forward_call(arguments, named))
+    def __init__(self, model: Any, before: Callable[[ForwardCall], None], after: Callable[[Any], None]) -> None:
+        first_block = _first_block(model)
+        if first_block is not None:
+            self._handles = _watch_blocks(model, first_block, before, after)
+            return
+        module = getattr(model, "original_model", model)
 
-    return module.register_forward_pre_hook(before_forward, with_kwargs=True)
+        def before_forward(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            before(_forward_call(arguments, named))
+
+        def after_forward(_: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            after(output)
+
+        self._handles = [
+            module.register_forward_pre_hook(before_forward, with_kwargs=True),
+            module.register_forward_hook(after_forward),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits [batch pos vocabulary] in what a model returned, the very tensor; None where there are none."""
+    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) and output else output)
+    return logits if isinstance(logits, Tensor) and logits.ndim == 3 else None
+
+
+def cache_of(output: Any) -> Any:
+    """The object with keys and values in what a model returned, or None."""
+    return getattr(output, "past_key_values", None)
+
+
+def cache_mark(cache: Any, length: int, back: int = 1) -> Tensor | None:
+    """The key [batch d_head] that the last layer of a cache of `length` columns keeps for the column `back` from its end.
+
+    It depends on all tokens up to there, so that it tells whether the rows of a cache are still where they were. None where
+    the cache is laid out in another way (a fixed size, a sliding window, quantised).
+    """
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[-1], "keys", None) if layers else None
+    if not isinstance(keys, Tensor) or keys.ndim != 4 or keys.shape[2] != length or back > length:
+        return None
+    return keys[:, 0, length - back]
+
+
+# Functions of Transformers in which generation reorders rows or takes tokens back, where no hook sees it.
+_SEARCHES = {
+    "_beam_search": "beam search (num_beams > 1)",
+    "_group_beam_search": "group beam search",
+    "_constrained_beam_search": "constrained beam search",
+    "_assisted_decoding": "speculative decoding (assistant_model or prompt_lookup_num_tokens)",
+    "_contrastive_search": "contrastive search",
+}
+
+
+def search_in_progress() -> str | None:
+    """What kind of search called the model, where Transformers' `generate` does more than to append one token a row."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        found = _SEARCHES.get(frame.f_code.co_name)
+        if found is not None and frame.f_globals.get("__name__", "").startswith("transformers"):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def _forward_call(arguments: tuple[Any, ...], named: dict[str, Any]) -> ForwardCall:
@@ -45,7 +106,7 @@ def _forward_call(arguments: tuple[Any, ...], named: dict[str, Any]) -> ForwardC
     start = int(cache.get_seq_length()) if cache is not None else 0
     mask = named.get("attention_mask")
     _check_mask(mask, tokens, start)
-    return ForwardCall(tokens, start, mask)
+    return ForwardCall(tokens, start, mask, cache)
 
 
 def _check_mask(mask: Any, tokens: Tensor, start: int) -> None:
@@ -65,7 +126,7 @@ _BEFORE_THE_BLOCKS = ("hook_tokens", "hook_embed", "hook_pos_embed")
 
 
 def check_is_watched(model: Any, hook_name: str) -> None:
-    """Raise IncompatibleProbeError where a hook point fires before `watch_forward` can tell of the forward pass."""
+    """Raise IncompatibleProbeError where a hook point fires before `ForwardWatch` can tell of the forward pass."""
     if hook_name in _BEFORE_THE_BLOCKS and _first_block(model) is not None:
         raise IncompatibleProbeError(
             f"live scoring sees a {type(model).__name__} from its first block on, and {hook_name!r} fires before; train the "
@@ -83,6 +144,34 @@ def _first_block(model: Any) -> Any:
     return blocks[0] if "past_kv_cache_entry" in told and "attention_mask" in told else None
 
 
+def _watch_blocks(
+    model: Any, first_block: nn.Module, before: Callable[[ForwardCall], None], after: Callable[[Any], None]
+) -> list[Any]:
+    watch = _BlockWatch(before)
+
+    def after_head(_: Any, arguments: tuple[Any, ...], logits: Tensor) -> None:
+        if (getattr(model.cfg, "output_logits_soft_cap", None) or 0.0) > 0.0:
+            _after_soft_capped(logits, after)
+        else:
+            after(logits)
+
+    return [
+        model.embed.register_forward_pre_hook(watch.on_embed, with_kwargs=True),
+        first_block.register_forward_pre_hook(watch.before_blocks, with_kwargs=True),
+        model.unembed.register_forward_hook(after_head),
+    ]
+
+
+def _after_soft_capped(logits: Tensor, after: Callable[[Any], None]) -> None:
+    """The model will cap these logits: one that was raised to tell the next token would be no higher than others, so these
+    go down."""
+    newest = logits[:, -1]
+    seen = newest.clone()
+    after(logits)
+    raised = newest > seen
+    newest.masked_fill_(raised.any(dim=-1, keepdim=True) & ~raised, -torch.inf)
+
+
 class _BlockWatch:
     """Forward passes as they are seen inside: the token ids that get embedded, then what the first block is handed.
 
@@ -90,43 +179,43 @@ class _BlockWatch:
     embedding or, without a cache, on all of them. The token sampled last is embedded and goes no further.
     """
 
-    def __init__(self, embed: nn.Module, first_block: nn.Module, callback: Callable[[ForwardCall], None]) -> None:
+    def __init__(self, callback: Callable[[ForwardCall], None]) -> None:
         self._callback = callback
-        self._embedded: list[Tensor] = []  # each [batch new], those that may be part of the next forward pass
-        self._is_new = False  # something was embedded since the last forward pass
-        self._handles = (
-            embed.register_forward_pre_hook(self._on_embed, with_kwargs=True),
-            first_block.register_forward_pre_hook(self._before_blocks, with_kwargs=True),
-        )
+        self._thread = _Embedded()
 
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _on_embed(self, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def on_embed(self, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         tokens = arguments[0] if arguments else named["tokens"]
         if tokens.ndim == 2:
-            self._embedded.append(tokens)
-            self._is_new = True
+            self._thread.tokens.append(tokens)
+            self._thread.are_new = True
 
-    def _before_blocks(self, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def before_blocks(self, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         residual = arguments[0] if arguments else named["resid_pre"]
         tokens = self._tokens_of(*residual.shape[:2])
         entry, mask = named.get("past_kv_cache_entry"), named.get("attention_mask")
         start = int(entry.past_keys.shape[1]) if entry is not None else 0
         _check_mask(mask, tokens, start)
-        self._callback(ForwardCall(tokens, start, mask))
+        self._callback(ForwardCall(tokens, start, mask, entry))
 
     def _tokens_of(self, batch: int, pos: int) -> Tensor:
         """[batch pos]: of the ids embedded, the latest `pos`, which must begin where one call began."""
-        found: list[Tensor] = []
-        while self._is_new and self._embedded and sum(piece.shape[1] for piece in found) < pos:
-            found.insert(0, self._embedded.pop())
+        embedded, found = self._thread, list[Tensor]()
+        while embedded.are_new and embedded.tokens and sum(piece.shape[1] for piece in found) < pos:
+            found.insert(0, embedded.tokens.pop())
         if {piece.shape[0] for piece in found} != {batch} or sum(piece.shape[1] for piece in found) != pos:
             raise MonitorError(
                 f"live scoring needs token ids [batch pos] as the model's input; its blocks ran on embeddings of shape "
                 f"{(batch, pos)} = [batch pos] that are not those of tokens embedded just before (start_at_layer, or "
                 "embeddings as the prompt)."
             )
-        self._embedded, self._is_new = [torch.cat(found, dim=1)], False
-        return self._embedded[0]
+        embedded.tokens, embedded.are_new = [torch.cat(found, dim=1)], False
+        return embedded.tokens[0]
+
+
+class _Embedded(threading.local):
+    """What a thread has embedded: pieces [batch new] that may be part of its next forward pass; whether one came since the
+    last."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+        self.are_new = False

@@ -1,18 +1,16 @@
-"""How a model's own `generate` is asked: what it takes, and what to do where it takes neither a mask nor a stop."""
+"""How a model's own `generate` is asked: what it takes, and what to do where it takes no attention mask."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lmprobe_tl.errors import InputError, MonitorError
-from lmprobe_tl.forward_watch import ForwardCall, watch_forward
-from lmprobe_tl.hook_points import vocabulary_size
+from lmprobe_tl.errors import MonitorError
+from lmprobe_tl.forward_watch import ForwardCall, ForwardWatch
 
 
 def ignores(model: Any, argument: str) -> bool:
@@ -29,20 +27,16 @@ def generate_without_mask(
     settings: Mapping[str, Any],
     *,
     end_ids: Sequence[int],
-    stop_rows: Callable[[], Tensor] | None,
 ) -> Tensor:
     """`model.generate` where it makes the mask of its prompts itself, from the pad token's id, as HookedTransformer does.
 
     tokens, attention_mask: [batch pos], padded on the left. settings: further arguments. end_ids: tokens that end a row.
-    stop_rows: [batch] bool, asked in every step after the last block; such a row gets an end token next.
     Returns [batch pos+new]. MonitorError, before the blocks run, where the model's mask of the prompts is another one.
     """
     first_tokens = tokens[torch.arange(len(tokens)), attention_mask.argmax(dim=1)].tolist()
     bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
-    with ExitStack() as stack:
-        stack.callback(watch_forward(model, _MaskCheck(tokens, attention_mask)).remove)
-        if stop_rows is not None:
-            stack.callback(_end_stopped_rows(model, end_ids, stop_rows).remove)
+    watch = ForwardWatch(model, _MaskCheck(tokens, attention_mask), lambda output: None)
+    try:
         return model.generate(
             tokens,
             padding_side="left",
@@ -51,6 +45,8 @@ def generate_without_mask(
             eos_token_id=list(end_ids) or None,
             **settings,
         )
+    finally:
+        watch.remove()
 
 
 class _MaskCheck:
@@ -75,27 +71,3 @@ class _MaskCheck:
             "of equal length, all with a BOS or all without, and give the tokenizer a pad token that no prompt begins with "
             "(model.tokenizer.pad_token_id)."
         )
-
-
-def _end_stopped_rows(model: Any, end_ids: Sequence[int], stop_rows: Callable[[], Tensor]) -> Any:
-    """A hook on the LM head that leaves rows which are to stop one choice for their next token: an end token."""
-    size, head = vocabulary_size(model), getattr(model, "unembed", None)
-    usable = [token_id for token_id in end_ids if size is None or token_id < size]
-    if not usable or not isinstance(head, nn.Module):
-        raise InputError(
-            f"stop=True, but the generate of this {type(model).__name__} takes no stopping_criteria, and there is no end "
-            "token to end a row with instead. Pass stop=False and read each result's alarms, give the model a tokenizer "
-            "with an EOS token, or use a TransformerBridge."
-        )
-
-    # Logits may be soft-capped after the head, to cap * tanh(logits / cap).
-    chosen = 10.0 * max(getattr(model.cfg, "output_logits_soft_cap", None) or 0.0, 0.0)
-
-    def leave_the_end_token(_: Any, __: Any, logits: Tensor) -> Tensor:
-        stopped = stop_rows().to(logits.device)
-        # In place: the head has just made these, and a copy of a long prompt's logits is large.
-        logits[stopped, -1] = -torch.inf
-        logits[stopped, -1, usable[0]] = chosen
-        return logits
-
-    return head.register_forward_hook(leave_the_end_token)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmprobe_tl.compatibility import as_probes, recorded_prepend_bos
 from lmprobe_tl.errors import InputError, PromptTooLongError
 from lmprobe_tl.generate_call import generate_without_mask, ignores
 from lmprobe_tl.hook_points import context_length, device_of, end_of_sequence_ids, forward_once, inference_mode, load_model
-from lmprobe_tl.live_events import OnToken
-from lmprobe_tl.live_run import Alarm, LiveRun
-from lmprobe_tl.monitor import Monitor, as_probes, attach_probes, recorded_prepend_bos
+from lmprobe_tl.live_records import Alarm, Escalate, OnCrossing, OnToken, first_alarms, verdicts_of
+from lmprobe_tl.live_run import LiveRun
+from lmprobe_tl.monitor import Monitor, attach_probes
 from lmprobe_tl.tokens import Prompt, pad_id, pad_rows, tokenize_prompts
 
 
@@ -27,6 +28,8 @@ class GenerationResult:
     scores: logits by probe name, [n] or [n n_classes], one for each token from the first on; the last sampled token has none
     unless it was asked for. running: the running score after each of these.
     alarms: first crossing of each probe. stopped_by: the name of the probe that ended the row, 'eos', or 'max_new_tokens'.
+    verdicts: by name of each probe with two classes 'negative' or 'positive', and in a cascade also 'deferred', 'confirmed'
+    or 'cleared'.
     """
 
     text: str
@@ -36,6 +39,7 @@ class GenerationResult:
     running: dict[str, Tensor]
     alarms: tuple[Alarm, ...]
     stopped_by: str
+    verdicts: dict[str, str]
 
 
 def monitored_generate(
@@ -45,6 +49,9 @@ def monitored_generate(
     *,
     max_new_tokens: int = 64,
     stop: bool = False,
+    keep_crossing: bool = True,
+    on_crossing: OnCrossing | None = None,
+    escalate: Escalate | Mapping[str, Escalate] | None = None,
     on_token: OnToken | None = None,
     score_last_token: bool = False,
     do_sample: bool = True,
@@ -57,11 +64,12 @@ def monitored_generate(
 ) -> list[GenerationResult]:
     """Generate from all prompts as one batch and score every token live; results in the order of the prompts.
 
-    probes: as in `attach_probes`. stop: end a row at the first token whose running score reaches a probe's threshold; that
-    token is the row's last. A prompt that crosses by itself gets no continuation. on_token: called with a `TokenEvent` for
-    each token as it is scored. prepend_bos: None does as the probe files say. score_last_token: score the last sampled token
-    too, by one more forward pass over the whole batch. Sampling follows the model's own `generate` and torch's global seed;
-    `do_sample=False` is greedy.
+    probes: as in `attach_probes`. stop: end a row at the first token whose running score reaches a probe's threshold. No
+    token is sampled after it: it is the row's last, or, with keep_crossing=False, the one before it is. A prompt that
+    crosses by itself gets no continuation. on_crossing, escalate: as in `attach_probes`. on_token: called with a
+    `TokenEvent` for each token as it is scored, the crossing one included. prepend_bos: None does as the probe files say.
+    score_last_token: score the last sampled token too, by one more forward pass over the whole batch. Sampling follows
+    the model's own `generate` and torch's global seed; `do_sample=False` is greedy.
 
     Raises what `attach_probes` raises, and PromptTooLongError where prompt and new tokens exceed the model's context.
 
@@ -74,8 +82,9 @@ def monitored_generate(
         raise InputError(
             f"stop is {stop!r}; expected True (a row ends where any attached probe reaches its threshold) or False."
         )
-    if on_token is not None and not callable(on_token):
-        raise InputError(f"on_token is {on_token!r}; expected a function of one TokenEvent, or None.")
+    for name, function, of in (("on_token", on_token, "TokenEvent"), ("on_crossing", on_crossing, "Alarm")):
+        if function is not None and not callable(function):
+            raise InputError(f"{name} is {function!r}; expected a function of one {of}, or None.")
     model = load_model(model)
     loaded = as_probes(probes)
     prepend = recorded_prepend_bos(loaded) if prepend_bos is None else prepend_bos
@@ -84,7 +93,14 @@ def monitored_generate(
     # Left padding: generation continues at the right edge of every row.
     tokens, mask = pad_rows(rows, pad_token_id=pad_id(model), side="left", device=device_of(model))
     eos = end_of_sequence_ids(model)
-    with inference_mode(model), attach_probes(model, loaded, on_token=on_token, strict=strict) as monitor:
+    # Without an EOS a stop has nothing to put after the crossing token, and has to act a token later.
+    forces = stop and bool(eos)
+    with (
+        inference_mode(model),
+        attach_probes(
+            model, loaded, on_token=on_token, stop=forces, on_crossing=on_crossing, escalate=escalate, strict=strict
+        ) as monitor,
+    ):
         settings = {
             "max_new_tokens": max_new_tokens,
             "stop_at_eos": bool(eos),
@@ -96,19 +112,19 @@ def monitored_generate(
             "return_type": "tokens",
             "verbose": False,
         }
+        criteria = monitor.stopping_criteria() if stop and not forces else None
         if ignores(model, "attention_mask"):
-            stop_rows = monitor.stop_rows if stop else None
-            output = generate_without_mask(model, tokens, mask, settings, end_ids=eos, stop_rows=stop_rows)
+            output = generate_without_mask(model, tokens, mask, settings, end_ids=eos)
         else:
-            criteria = monitor.stopping_criteria() if stop else None
             output = model.generate(tokens, attention_mask=mask, stopping_criteria=criteria, **settings)
-        ends = _ends(monitor, rows, output[:, tokens.shape[1] :], eos, stop)
+        ends = _ends(monitor, rows, output[:, tokens.shape[1] :], eos, stop, keep_crossing)
         finished = [row + generated for row, (generated, _) in zip(rows, ends, strict=True)]
         live = _Scores.of(monitor.runs[-1])
         if score_last_token:
             live = live.completed(_Scores.of(_score_again(model, monitor, finished)), [len(row) for row in finished])
+    binary = [weights.name for weights in loaded if weights.is_binary]
     return [
-        _result(model, live, index, prompt, tokens, reason)
+        _result(model, live, index, prompt, tokens, reason, binary)
         for index, (prompt, tokens, (_, reason)) in enumerate(zip(rows, finished, ends, strict=True))
     ]
 
@@ -129,7 +145,7 @@ def _check_lengths(model: Any, rows: list[list[int]], max_new_tokens: int) -> No
 
 
 def _ends(
-    monitor: Monitor, rows: list[list[int]], generated: Tensor, eos: tuple[int, ...], stop: bool
+    monitor: Monitor, rows: list[list[int]], generated: Tensor, eos: tuple[int, ...], stop: bool, keep_crossing: bool
 ) -> list[tuple[list[int], str]]:
     """For each row its generated token ids up to its own end, and what ended it."""
     alarms = monitor.alarms() if stop else [()] * len(rows)
@@ -140,40 +156,38 @@ def _ends(
         if at_eos is not None:
             ids, reason = ids[: at_eos + 1], "eos"
         if raised:
-            # The token after the crossing was sampled already, before the stop could act: it goes.
-            ids, reason = ids[: max(0, raised[0].position + 1 - len(row))], raised[0].probe
+            # What follows the crossing is not the model's own: the EOS of the stop, or a token sampled before it acted.
+            ids, reason = ids[: max(0, raised[0].position + keep_crossing - len(row))], raised[0].probe
         ends.append((ids, reason))
     return ends
 
 
 def _score_again(model: Any, monitor: Monitor, rows: list[list[int]]) -> LiveRun:
     tokens, mask = pad_rows(rows, pad_token_id=pad_id(model), side="left", device=device_of(model))
-    monitor.begin_run()
+    monitor.begin_run(again=True)
     forward_once(model, tokens, mask)
     return monitor.runs[-1]
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Everything that a run says of its rows: logits and running scores by probe name and row, alarms by row."""
+    """Everything that a run says of its rows: logits and running scores by probe name and row, and its crossings."""
 
     logits: dict[str, list[Tensor]]
     running: dict[str, list[Tensor]]
-    alarms: list[tuple[Alarm, ...]]
+    events: tuple[Alarm, ...]
 
     @staticmethod
     def of(run: LiveRun) -> _Scores:
         names = list(run.plan.probes)
-        logits = {name: run.row_logits(name) for name in names}
-        return _Scores(logits, {name: run.row_running(name) for name in names}, run.row_alarms())
+        logits = {name: run.token_scores(name) for name in names}
+        run.collect()
+        return _Scores(logits, {name: run.running_scores(name) for name in names}, tuple(run.events))
 
     def completed(self, last: _Scores, lengths: list[int]) -> _Scores:
         """With the scores of `last` where there are none here: those that were seen live stay the ones reported."""
-        alarms = []
-        for seen, again, length in zip(self.alarms, last.alarms, lengths, strict=True):
-            raised = {alarm.probe for alarm in seen}
-            alarms.append(seen + tuple(a for a in again if a.probe not in raised and a.position == length - 1))
-        return _Scores(_completed(self.logits, last.logits), _completed(self.running, last.running), alarms)
+        events = self.events + tuple(event for event in last.events if event.position == lengths[event.row] - 1)
+        return _Scores(_completed(self.logits, last.logits), _completed(self.running, last.running), events)
 
 
 def _completed(live: dict[str, list[Tensor]], last: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
@@ -184,11 +198,12 @@ def _completed(live: dict[str, list[Tensor]], last: dict[str, list[Tensor]]) -> 
 
 
 def _result(
-    model: Any, live: _Scores, index: int, prompt: list[int], tokens: list[int], stopped_by: str
+    model: Any, live: _Scores, index: int, prompt: list[int], tokens: list[int], stopped_by: str, binary: list[str]
 ) -> GenerationResult:
     def of_row(scores: dict[str, list[Tensor]]) -> dict[str, Tensor]:
         return {name: rows[index][: len(tokens)] for name, rows in scores.items()}
 
+    events = [event for event in live.events if event.row == index]
     text = model.tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True) if model.tokenizer is not None else ""
     return GenerationResult(
         text=text,
@@ -196,6 +211,7 @@ def _result(
         prompt_length=len(prompt),
         scores=of_row(live.logits),
         running=of_row(live.running),
-        alarms=live.alarms[index],
+        alarms=next(iter(first_alarms(events).values()), ()),
         stopped_by=stopped_by,
+        verdicts={name: verdicts_of(events, name).get(index, "negative") for name in binary},
     )

@@ -22,7 +22,11 @@ from torch import Tensor
 
 from lmprobe_tl.errors import InputError, MonitorError, UnknownHookPointError
 from lmprobe_tl.forward_watch import ForwardCall as ForwardCall
-from lmprobe_tl.forward_watch import watch_forward as watch_forward
+from lmprobe_tl.forward_watch import ForwardWatch as ForwardWatch
+from lmprobe_tl.forward_watch import cache_mark as cache_mark
+from lmprobe_tl.forward_watch import cache_of as cache_of
+from lmprobe_tl.forward_watch import logits_of as logits_of
+from lmprobe_tl.forward_watch import search_in_progress as search_in_progress
 from lmprobe_tl.probe_spec import ModelRecord, Normalization
 
 HookPoints = int | str | Sequence[int | str]
@@ -204,6 +208,11 @@ class HookHandle:
 
     hook_point: Any
     entry: Any
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hook is still there; `reset_hooks()` takes it away, for instance."""
+        return self.entry.hook.id in self.hook_point._forward_hooks
 
     def remove(self) -> None:
         self.entry.hook.remove()

@@ -15,12 +15,11 @@ from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.fitting import logits_of, probabilities_of
 from lmprobe_tl.extraction import Batch, extract_rows, run_batches
 from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, reduce_scores
+from lmprobe_tl.reductions import REDUCTIONS
 from lmprobe_tl.tokens import bos_id, check_rows_count, counted_lengths
 
 _SEES_BOS = ("last_token", "first_token")
-_MONOTONE = ("last_token", "first_token", "max", "min")
 _TINY = float(np.finfo(np.float64).eps)
-_ON_LOGITS = ("ema_max", "rolling_max", "softmax")
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _score_pooled(
     **settings: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     name = parse_pooling_strategy(pooling).base_strategy
-    if name in _ON_LOGITS and len(classifier.classes_) > 2:
+    if REDUCTIONS[name].on == "logit" and len(classifier.classes_) > 2:
         raise InputError(
             f"inference pooling {pooling!r} works on the logit of two classes; this probe has {len(classifier.classes_)}."
         )
@@ -125,14 +124,14 @@ def _reduced(classifier: Any, features: np.ndarray, mask: Tensor, pooling: str, 
         return full
 
     binary = len(classifier.classes_) == 2
-    if binary and name in _ON_LOGITS:
+    if binary and REDUCTIONS[name].on == "logit":
         reduced = reduce_scores(spread(logits_of(classifier, features)), pooling, mask).numpy()
         return reduced, np.stack([expit(-reduced), expit(reduced)], axis=1)
     probabilities = reduce_scores(spread(probabilities_of(classifier, features)), pooling, mask).numpy()
     if not binary:
         with np.errstate(divide="ignore"):
             return np.log(probabilities), probabilities
-    if name in _MONOTONE:
+    if REDUCTIONS[name].selects:
         # On logits, where scores near 0 and 1 stay apart.
         return reduce_scores(spread(logits_of(classifier, features)), pooling, mask).numpy(), probabilities
     return logit(np.clip(probabilities[:, 1], _TINY, 1 - _TINY)), probabilities

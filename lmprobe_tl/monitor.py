@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmprobe_tl.errors import (
-    IncompatibleProbeError,
-    InputError,
-    ModelMismatchWarning,
-    MonitorError,
-    ProbeNeverFiredError,
-)
-from lmprobe_tl.forward_watch import ForwardCall, check_is_watched, watch_forward
+from lmprobe_tl.compatibility import as_probes, check_compatible
+from lmprobe_tl.errors import InputError, MonitorError, ProbeNeverFiredError
+from lmprobe_tl.forward_watch import check_is_watched
 from lmprobe_tl.generate_call import ignores
 from lmprobe_tl.hook_points import (
+    ForwardCall,
+    ForwardWatch,
+    HookHandle,
     add_hook,
-    is_centred,
-    layer_count,
+    cache_of,
     load_model,
-    model_record,
-    normalization,
-    unknown_hook_point,
-    width,
+    logits_of,
+    search_in_progress,
 )
-from lmprobe_tl.live_events import EventReporter, OnToken
-from lmprobe_tl.live_run import Alarm, LiveRun, RowEnds, row_ends
-from lmprobe_tl.probe_file import load_probe
+from lmprobe_tl.live_events import EventReporter
+from lmprobe_tl.live_passes import LivePasses
+from lmprobe_tl.live_records import Alarm, Escalate, OnCrossing, OnToken
+from lmprobe_tl.live_rows import RowEnds, row_ends
+from lmprobe_tl.live_run import LiveRun
+from lmprobe_tl.residual_basis import BasisCheck
 from lmprobe_tl.scoring_plan import ScoringPlan
-from lmprobe_tl.tokens import bos_id, tokenizer_record
-from lmprobe_tl.weights import SUM_TOLERANCE, ProbeWeights
+from lmprobe_tl.tokens import bos_id
+from lmprobe_tl.weights import ProbeWeights
+
+# As a logit it leaves no other token a chance at any temperature in use, and every float type can hold it.
+_FORCED_LOGIT = 1e4
 
 
 class Monitor:
@@ -44,27 +43,46 @@ class Monitor:
 
     Every forward pass of the model adds the positions that it saw first, by absolute position: a prompt at once or in
     chunks, one token a step with a KV cache, the whole prefix again without. A pass that starts over with other tokens
-    begins a new run; the methods read the last one. Beam search is not for a Monitor: it reorders rows inside the cache,
-    where no hook sees it.
+    begins a new run, a generation of its own. `runs` holds all of them; the methods here read the last one. Generations may
+    take turns (generators, for instance): a run is known by its KV cache.
+
+    Threads: passes of different threads belong to different runs and never mix, where the model itself can be called from
+    several threads (`hf_generate` can, `generate` cannot). Reading is safe at any time, from any thread.
     """
 
     def __init__(
-        self, model: Any, probes: Sequence[ProbeWeights], on_token: OnToken | None = None, ends: RowEnds | None = None
+        self,
+        model: Any,
+        probes: Sequence[ProbeWeights],
+        on_token: OnToken | None = None,
+        ends: RowEnds | None = None,
+        *,
+        stop: bool = False,
+        on_crossing: OnCrossing | None = None,
+        escalate: Mapping[str, Escalate] | None = None,
+        keep_scores: bool = True,
     ) -> None:
-        self.plan = ScoringPlan(probes)
-        self.runs: list[LiveRun] = []
+        self.plan = ScoringPlan(probes, escalate)
         self._bos, self._ends = bos_id(model), ends or row_ends(model)
         self._pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
         self._criteria_ignored = ignores(model, "stopping_criteria")
-        self._on_token = on_token
-        self._reporter = EventReporter(on_token) if on_token else None
-        self._call: ForwardCall | None = None
-        self._partials: dict[str, Tensor] = {}
+        self._on_token, self._on_crossing, self._escalate = on_token, on_crossing, dict(escalate or {})
+        self._stop, self._keep_scores = _can_stop(stop, self.plan, self._ends), keep_scores
+        judged = any(cascade.judge is not None for cascade in self._escalate.values())
+        self._asks = on_token is not None or on_crossing is not None or judged
+        self._handles: dict[str, HookHandle] = {}
+        self._reporters: dict[int, EventReporter] = {}
         self._fired: set[str] = set()
-        # With RMSNorm there is one basis. Else: hook points known to be raw, and how many tokens looked centred at others.
-        self._one_basis = normalization(model) == "rmsnorm"
-        self._known_raw: set[str] = set()
-        self._looked_centred: dict[str, int] = {}
+        self._basis = BasisCheck(model, probes)
+        self._passes = LivePasses(self._new_run)
+
+    def _new_run(self, index: int) -> LiveRun:
+        return LiveRun(self.plan, self._bos, self._ends, keep_scores=self._keep_scores, index=index)
+
+    @property
+    def runs(self) -> list[LiveRun]:
+        """The generations so far, each with the same methods for reading, in the order in which they began."""
+        return self._passes.runs
 
     # --- reading ---
 
@@ -74,37 +92,49 @@ class Monitor:
         Every real position that a hook saw, the prompt's included; pads and positions after a row's end never appear. The
         last token that `generate` samples is never seen by the model, and so has no score.
         """
-        return self._last_run(name).row_logits(name)
+        return self._last_run(name).token_scores(name)
 
-    def running_scores(self, name: str) -> list[Tensor]:
-        """The probe's inference pooling of all positions so far, after each position; NaN before the first that counts."""
-        return self._last_run(name).row_running(name)
+    def running_scores(self, name: str, unit: str | None = None) -> list[Tensor]:
+        """The probe's inference pooling of all positions so far, after each position; NaN before the first that counts.
+
+        unit: 'probability' or 'logit' of a probe with two classes; None is what its pooling runs in.
+        """
+        return self._last_run(name).running_scores(name, unit)
 
     def alarms(self) -> list[tuple[Alarm, ...]]:
         """For each row the first position at which each probe's running score reached its threshold."""
-        return self._last_run(None).row_alarms()
+        return self._last_run(None).alarms()
 
     def tokens(self) -> list[Tensor]:
         """Token ids of the scored positions, one 1-D tensor a row."""
-        return self._last_run(None).row_tokens()
+        return self._last_run(None).tokens()
+
+    @property
+    def events(self) -> tuple[Alarm, ...]:
+        """Every crossing of every run so far, in the order in which they happened: alarms, and what a cascade deferred."""
+        for run in self.runs:
+            run.collect()
+            run.check()
+        return tuple(event for run in self.runs for event in run.events)
 
     def _last_run(self, name: str | None) -> LiveRun:
         if name is not None and name not in self.plan.probes:
             raise InputError(f"no probe {name!r} is attached; attached are {list(self.plan.probes)}.")
-        self._check_fired()
+        self.check_fired()
         return self.runs[-1]
 
     def stopping_criteria(self) -> Any:
         """For `model.generate(stopping_criteria=...)`: a row is done once a probe's running score has reached its threshold.
 
         The criterion is asked after a token was sampled, so the row's output ends one token after the one that crossed.
-        InputError where the model's generate takes no criteria, as HookedTransformer's.
+        `attach_probes(..., stop=True)` acts before. InputError where the model's generate takes no criteria.
         """
-        self._check_can_stop()
+        _check_has_threshold(self.plan)
         if self._criteria_ignored:
             raise InputError(
                 "this model's generate has no argument stopping_criteria, and a HookedTransformer's would pass over one. "
-                "Use monitored_generate(..., stop=True), which ends rows in another way there."
+                "attach_probes and monitored_generate end rows by an EOS token with stop=True; where the model has none, "
+                "pass attach_probes(..., eos_token_id=...), the same as to generate."
             )
         from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -112,64 +142,121 @@ class Monitor:
 
         class StopAtThreshold(StoppingCriteria):
             def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-                done = monitor.stop_rows().to(input_ids.device)
+                done = monitor._current_run().stop_rows().to(input_ids.device)
                 if done.shape != input_ids.shape[:1]:
                     raise MonitorError(f"{done.shape[0]} rows were scored, but generate asks about {input_ids.shape[0]}.")
                 return done
 
         return StoppingCriteriaList([StopAtThreshold()])
 
-    def stop_rows(self) -> Tensor:
-        """[batch] bool: rows in which some probe's running score has reached its threshold. What follows in these, but for
-        an end token or a pad, is an error."""
-        self._check_can_stop()
-        return self._current_run().stop_rows()
-
-    def _check_can_stop(self) -> None:
-        if not any(probe.is_binary for probe in self.plan.probes.values()):
-            raise InputError("no attached probe has two classes, and only these have a threshold to stop at.")
-
     def _current_run(self) -> LiveRun:
-        if not self.runs or not self.runs[-1].n_columns:
+        run = self._passes.thread.run
+        if run is None or not run.n_columns:
             raise ProbeNeverFiredError("the stopping criterion was asked, but the attached model has not run. " + _REPLACED)
-        return self.runs[-1]
+        return run
 
     # --- while the model runs ---
 
-    def begin_run(self) -> None:
-        """Keep the next forward pass apart from the last run, even where it extends its tokens; `on_token` goes on where it
-        was."""
-        self.runs.append(LiveRun(self.plan, self._bos, self._ends))
+    def begin_run(self, *, again: bool = False) -> None:
+        """Keep the next forward pass apart from the last run, even where it extends its tokens.
+
+        again: it repeats the rows of the last run with more tokens; crossings and tokens that were told are not told anew.
+        """
+        before = self._passes.thread.run
+        run = self._passes.begin_run()
+        if again and before is not None:
+            run.repeats = before
+            if before.index in self._reporters:
+                self._reporters[run.index] = self._reporters[before.index]
+
+    def attach(self, model: Any) -> None:
+        """Put a hook on every hook point that the probes read."""
+        for hook_name in self.plan.hooks:
+            check_is_watched(model, hook_name)
+            self._handles[hook_name] = add_hook(model, hook_name, partial(self.on_activations, hook_name))
+
+    def detach(self) -> None:
+        for handle in self._handles.values():
+            handle.remove()
 
     def before_forward(self, call: ForwardCall) -> None:
-        self._partials = {}
-        if not self.runs or (call.start == 0 and self.runs[-1].n_columns and not self.runs[-1].extends(call)):
-            self.begin_run()
-            self._reporter = EventReporter(self._on_token) if self._on_token else None
-        if not self.runs[-1].n_columns:
-            self._check_padding(call)
-        self.runs[-1].new_columns(call)
-        self._call = call
+        lost = [name for name, handle in self._handles.items() if not handle.is_attached]
+        if lost:
+            raise MonitorError(
+                f"the hooks of the attached probes on {lost} were removed (by reset_hooks(), for instance), so what follows "
+                "would not be scored. Attach the probes again after whatever removes hooks."
+            )
+        thread = self._passes.thread
+        thread.call, thread.partials = None, {}
+        run = self._passes.run_of(call)
+        if not run.n_columns:
+            self._check_new_run(call)
+        thread.call = call
 
     def on_activations(self, hook_name: str, activations: Tensor) -> None:
-        call = self._call
-        if call is None or activations.shape[:2] != call.tokens.shape:
+        thread = self._passes.thread
+        call, run = thread.call, thread.run
+        if call is None or run is None or activations.shape[:2] != call.tokens.shape:
             expected = None if call is None else tuple(call.tokens.shape)
             raise MonitorError(
                 f"hook point {hook_name!r} fired with activations of shape {tuple(activations.shape)} in "
                 "a forward pass on tokens "
                 f"of shape {expected}; expected [batch pos d_model] of the same batch and positions."
             )
-        self._check_basis(hook_name, activations, call)
+        self._basis.check(hook_name, activations, call)
         self._fired.add(hook_name)
-        new = activations[:, self.runs[-1].new_columns(call) :]
-        self._partials[hook_name] = self.plan.hooks[hook_name].partial_logits(new)
-        if len(self._partials) == len(self.plan.hooks):
-            partials = [self._partials[name] for name in self.plan.hooks]
-            self.runs[-1].add(call, self.plan.combine(partials, call.tokens.device))
-            self._call, self._partials = None, {}
-            if self._reporter is not None:
-                self._reporter.report(self.runs[-1])
+        skip = run.n_columns - call.start
+        new = activations[:, skip:] if skip else activations
+        thread.partials[hook_name] = self.plan.hooks[hook_name].partial_logits(new)
+        if len(thread.partials) == len(self.plan.hooks):
+            partials = [thread.partials[name] for name in self.plan.hooks]
+            run.add(call, self.plan.combine(partials, call.tokens.device))
+            thread.call, thread.partials = None, {}
+            if self._asks:
+                self._tell(run)
+            elif not self._keep_scores:
+                run.settle()
+
+    def _tell(self, run: LiveRun) -> None:
+        for event in run.collect():
+            cascade = self._escalate.get(event.probe)
+            if event.verdict == "deferred" and cascade is not None and cascade.judge is not None:
+                event = run.judge(event, bool(cascade.judge(event, run.tokens()[event.row])))
+            if self._on_crossing is not None:
+                self._on_crossing(event)
+        if self._on_token is not None:
+            self._reporters.setdefault(run.index, EventReporter(self._on_token)).report(run)
+
+    def after_forward(self, output: Any) -> None:
+        thread = self._passes.thread
+        if thread.call is not None:
+            missing = [name for name in self.plan.hooks if name not in thread.partials]
+            thread.call = None
+            raise ProbeNeverFiredError(
+                f"hook points {missing} did not fire in a forward pass, so probes {self._reading(missing)} "
+                f"saw no activation of it. {_REPLACED}"
+            )
+        run = thread.run
+        if run is None:
+            return
+        if run.cache is None:
+            self._passes.bind_cache(run, cache_of(output))
+        logits = logits_of(output) if self._stop else None
+        if logits is not None:
+            # In place, as the tensor goes on to the sampler; one number a row, as the vocabulary is large.
+            logits[:, -1, self._ends.end_ids[0]].masked_fill_(run.force_rows().to(logits.device), _FORCED_LOGIT)
+
+    # --- checks ---
+
+    def _check_new_run(self, call: ForwardCall) -> None:
+        search = search_in_progress()
+        if search is not None:
+            raise MonitorError(
+                f"{search} reorders rows or takes tokens back, where no hook sees it, so live scores would belong to other "
+                "texts. Generate by sampling or greedily while probes are attached, or score the finished text with "
+                "score_prompts."
+            )
+        self._check_padding(call)
 
     def _check_padding(self, call: ForwardCall) -> None:
         """A padded prompt without a mask: its pads would be scored as tokens."""
@@ -185,41 +272,26 @@ class Monitor:
                 "strings, model.generate and score_prompts make a mask; model(...) does not.)"
             )
 
-    def _check_basis(self, hook_name: str, activations: Tensor, call: ForwardCall) -> None:
-        """Until a hook point is known to carry the raw stream: a probe for that must not read a centred one."""
-        if self._one_basis or hook_name in self._known_raw:
-            return
-        mask = torch.ones_like(call.tokens) if call.attention_mask is None else call.attention_mask[:, call.start :]
-        real = activations[mask.to(activations.device).bool()]
-        raw = [probe.name for probe in self.plan.probes.values() if _needs_raw(probe, hook_name)]
-        if not raw or (len(real) and not is_centred(real)):
-            self._known_raw.add(hook_name)
-            return
-        # A single token may have a mean of zero by chance: with a d_model of thousands it is one in a few hundred.
-        seen = self._looked_centred.get(hook_name, 0) + len(call.tokens[mask.bool()].unique())
-        self._looked_centred[hook_name] = seen
-        if seen > 1:
-            raise IncompatibleProbeError(
-                f"probe {raw[0]!r} was trained on the raw residual stream, and this model carries the "
-                "centred one (x - mean(x)) at "
-                f"{hook_name!r}: its scores would be wrong and cannot be corrected. Load the model "
-                "without weight processing "
-                "(no enable_compatibility_mode, no center_writing_weights), or train the probe on this model."
-            )
+    def _reading(self, hook_names: Sequence[str]) -> list[str]:
+        return sorted(probe.name for probe in self.plan.probes.values() if set(hook_names) & set(probe.hook_points))
 
-    def _check_fired(self) -> None:
+    def check_fired(self) -> None:
+        """Raise ProbeNeverFiredError where a probe saw nothing, or not all of the last forward pass."""
         never = [name for name in self.plan.hooks if name not in self._fired]
         if never:
-            probes = sorted(p.name for p in self.plan.probes.values() if set(never) & set(p.hook_points))
-            raise ProbeNeverFiredError(f"probes {probes} saw no activation: hook points {never} never fired. {_REPLACED}")
-        if not self.runs[-1].n_columns:
-            raise ProbeNeverFiredError(_UNFINISHED)
+            raise ProbeNeverFiredError(
+                f"probes {self._reading(never)} saw no activation: hook points {never} never fired. {_REPLACED}"
+            )
+        if self._passes.unfinished or not self.runs[-1].n_columns:
+            raise ProbeNeverFiredError(
+                "the last forward pass did not reach all hook points of the attached probes. " + _REPLACED
+            )
 
-    def _check_finished(self) -> None:
-        """At the end of the block; in the middle of a pass, where a hook may read the scores so far, all is well."""
-        self._check_fired()
-        if self._call is not None:
-            raise ProbeNeverFiredError(_UNFINISHED)
+
+_REPLACED = (
+    "Run the model inside the block (it must reach these layers: no early stop_at_layer), and attach after anything that "
+    "replaces hook points (an SAE, an adapter) or resets hooks."
+)
 
 
 def _check_no_dropout(model: Any) -> None:
@@ -231,39 +303,36 @@ def _check_no_dropout(model: Any) -> None:
         )
 
 
-def _needs_raw(probe: ProbeWeights, hook_name: str) -> bool:
-    """Whether the probe reads this hook point in the raw basis alone; where its direction sums to zero, any will do."""
-    if hook_name not in probe.hook_points or probe.spec.residual_basis != "raw":
-        return False
-    direction = probe.direction_at(hook_name).double()
-    return bool((direction.sum(dim=-1).abs() > SUM_TOLERANCE * direction.abs().sum(dim=-1)).any())
-
-
-_REPLACED = (
-    "Run the model inside the block (it must reach these layers: no early stop_at_layer), and attach after anything that "
-    "replaces hook points (an SAE, an adapter) or resets hooks."
-)
-_UNFINISHED = "the last forward pass did not reach all hook points of the attached probes. " + _REPLACED
-
-
 @contextmanager
 def attach_probes(
     model: Any,
     probes: Any,
     *,
     on_token: OnToken | None = None,
+    stop: bool = False,
+    on_crossing: OnCrossing | None = None,
+    escalate: Escalate | Mapping[str, Escalate] | None = None,
+    keep_scores: bool = True,
     strict: bool = False,
     eos_token_id: int | Sequence[int] | None = None,
 ) -> Iterator[Monitor]:
     """Score every token that the model processes inside the block; the hooks live exactly as long as the block.
 
     probes: `ProbeWeights`, a fitted `Probe`, the path of a probe file, or a list of these, under distinct names.
-    on_token: called for each newly scored token (it waits for the device in every step). strict: an error instead of a
-    ModelMismatchWarning where a probe file names another model or tokenizer. eos_token_id: what ends a generated row, where
-    that is not the model's own: the ids that generation is given, or [] where it goes on (`stop_at_eos=False`).
+    stop: a row ends where its running score reaches a probe's threshold. The forward pass that sees the crossing gives its
+    next token to EOS (that logit is raised in the model's output), so that nothing follows the token that crossed.
+    on_crossing: called once a row and probe with an `Alarm`, when it happens. escalate: a cascade of two thresholds with a
+    judge, for the one probe or by name of several. on_token: called for each newly scored token.
+    keep_scores: False keeps alarms, tokens and maxima alone, for runs without end.
+    strict: an error instead of a ModelMismatchWarning where a probe file names another model or tokenizer. eos_token_id:
+    what ends a generated row, where that is not the model's own: the ids that generation is given, or [] where it goes on
+    (`stop_at_eos=False`).
+
+    Without on_token, on_crossing and a judge no step waits for the device, stops included; scores stay there until they are
+    read. (Without a KV cache each step compares its prefix with the last one's, which does wait.)
 
     Raises IncompatibleProbeError before anything runs (or in the first forward pass, for another residual basis),
-    ProbeNeverFiredError at the end of a block in which a probe saw nothing, and MonitorError where scores would be wrong.
+    ProbeNeverFiredError where a probe saw nothing of a forward pass, and MonitorError where scores would be wrong.
 
     >>> with attach_probes(model, [weights]) as monitor:  # doctest: +SKIP
     ...     model.generate(tokens, attention_mask=mask)
@@ -275,93 +344,56 @@ def attach_probes(
     for weights in loaded:
         check_compatible(model, weights, strict=strict)
     _check_no_dropout(model)
-    monitor = Monitor(model, loaded, on_token, row_ends(model, eos_token_id))
-    with ExitStack() as stack:
-        stack.callback(watch_forward(model, monitor.before_forward).remove)
-        for hook_name in monitor.plan.hooks:
-            check_is_watched(model, hook_name)
-            stack.callback(add_hook(model, hook_name, partial(monitor.on_activations, hook_name)).remove)
-        yield monitor
-        monitor._check_finished()
-
-
-def as_probes(probes: Any) -> list[ProbeWeights]:
-    """One probe or a list of them, as `ProbeWeights` for the raw residual stream, under distinct names."""
-    listed = list(probes) if isinstance(probes, (list, tuple)) else [probes]
-    if not listed:
-        raise InputError("no probe to attach: the list is empty.")
-    loaded = [as_weights(probe).to_raw_basis() for probe in listed]
-    names = [weights.name for weights in loaded]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise InputError(
-            f"two probes are named {repeated[0]!r}, and the name is the key of the scores; use weights.renamed(...)."
-        )
-    return loaded
-
-
-def as_weights(probe: Any) -> ProbeWeights:
-    """The ProbeWeights of a probe given as such, as a fitted estimator, or as the path of its file."""
-    if isinstance(probe, ProbeWeights):
-        return probe
-    if isinstance(probe, (str, Path)):
-        return load_probe(probe)
-    if hasattr(probe, "to_weights"):
-        return probe.to_weights()
-    raise InputError(
-        f"{type(probe).__name__} is no probe; expected ProbeWeights, a fitted Probe, or the path of a probe file."
+    monitor = Monitor(
+        model,
+        loaded,
+        on_token,
+        row_ends(model, eos_token_id),
+        stop=stop,
+        on_crossing=on_crossing,
+        escalate=_cascades(escalate, loaded),
+        keep_scores=keep_scores,
     )
+    with ExitStack() as stack:
+        stack.callback(ForwardWatch(model, monitor.before_forward, monitor.after_forward).remove)
+        stack.callback(monitor.detach)
+        monitor.attach(model)
+        yield monitor
+        monitor.check_fired()
+        for run in monitor.runs:
+            run.check()
 
 
-def recorded_prepend_bos(probes: Sequence[ProbeWeights]) -> bool | None:
-    """Whether the probes were trained with BOS prepended, None where they do not say; InputError where they differ."""
-    recorded = {weights.spec.tokenizer.prepend_bos for weights in probes if weights.spec.tokenizer.fingerprint is not None}
-    if len(recorded) > 1:
+def _can_stop(stop: bool, plan: ScoringPlan, ends: RowEnds) -> bool:
+    if not isinstance(stop, bool):
+        raise InputError(f"stop is {stop!r}; expected True (a row ends where a probe reaches its threshold) or False.")
+    if stop:
+        _check_has_threshold(plan)
+    if stop and not ends.end_ids:
         raise InputError(
-            "some of the probes were trained with a BOS token and some without; run them apart, or pass prepend_bos."
+            "stop=True ends a row by an end-of-sequence token, and this model has none; pass eos_token_id=..., the same as "
+            "to generate, or use monitor.stopping_criteria()."
         )
-    return recorded.pop() if recorded else None
+    return stop
 
 
-def check_compatible(model: Any, weights: ProbeWeights, *, strict: bool = False) -> None:
-    """Raise where a probe cannot score this model; warn, or raise if `strict`, where it was made with another one."""
-    spec = weights.spec
-    for hook_name in spec.hook_points:
-        if hook_name not in model.hook_dict:
-            raise IncompatibleProbeError(f"probe {spec.name!r} cannot be attached: {unknown_hook_point(model, hook_name)}")
-    if spec.d_model != width(model):
-        raise IncompatibleProbeError(
-            f"probe {spec.name!r} expects d_model {spec.d_model}, but this model has {width(model)}. It was trained on "
-            f"{spec.model.id if spec.model else 'another model'!r}; load that model."
+def _check_has_threshold(plan: ScoringPlan) -> None:
+    if not plan.watches.lines:
+        raise InputError("no attached probe has two classes, and only these have a threshold to stop at.")
+
+
+def _cascades(escalate: Any, probes: Sequence[ProbeWeights]) -> dict[str, Escalate]:
+    binary = [weights.name for weights in probes if weights.is_binary]
+    if escalate is None:
+        return {}
+    if isinstance(escalate, Escalate):
+        if len(binary) != 1:
+            raise InputError(f"escalate is one Escalate for the probes {binary}; expected a dict by name of the probe.")
+        return {binary[0]: escalate}
+    wrong = not isinstance(escalate, Mapping) or not all(isinstance(one, Escalate) for one in escalate.values())
+    if wrong or not set(escalate) <= set(binary):
+        raise InputError(
+            f"escalate is {escalate!r}; expected an Escalate, or a dict of these by name of a probe with two classes: "
+            f"{binary}."
         )
-    if spec.n_layers is not None and spec.n_layers != layer_count(model):
-        raise IncompatibleProbeError(
-            f"probe {spec.name!r} was trained on a model of {spec.n_layers} layers, but this one has {layer_count(model)}."
-        )
-    for difference in _differences(model, weights):
-        if strict:
-            raise IncompatibleProbeError(f"probe {spec.name!r}: {difference}")
-        warnings.warn(
-            f"probe {spec.name!r}: {difference} Its scores may mean something else.", ModelMismatchWarning, stacklevel=5
-        )
-
-
-def _same_name(one: str, other: str | None) -> bool:
-    """Whether two names are one; HookedTransformer leaves out the organisation, 'gpt2' for 'openai-community/gpt2'."""
-    return one == other or one.endswith(f"/{other}") or str(other).endswith(f"/{one}")
-
-
-def _differences(model: Any, weights: ProbeWeights) -> Iterator[str]:
-    there, here = weights.spec.model, model_record(model)
-    if there is not None and there.config_fingerprint is not None and there.config_fingerprint != here.config_fingerprint:
-        yield (
-            f"trained on {there.id!r} (config {there.config_fingerprint}), "
-            f"attached to {here.id!r} ({here.config_fingerprint})."
-        )
-    elif there is not None and there.id is not None and not _same_name(there.id, here.id):
-        yield f"trained on {there.id!r}, attached to {here.id!r}, a model of the same shape."
-    fingerprint = weights.spec.tokenizer.fingerprint if weights.spec.tokenizer else None
-    if fingerprint is not None and getattr(model, "tokenizer", None) is not None:
-        found = tokenizer_record(model, None).fingerprint
-        if fingerprint != found:
-            yield f"trained with another tokenizer (vocabulary {fingerprint}, here {found})."
+    return dict(escalate)

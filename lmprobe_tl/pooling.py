@@ -9,6 +9,7 @@
     ema_max(alpha)              -               scores
     rolling_max(window)         -               scores
     softmax(temperature)        -               scores
+    a registered reduction      -               scores
     a callable                  activations     activations
 
 The mask alone says which tokens are real: padding side is never assumed, and what stands at a pad never reaches a result.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TypeAlias
@@ -146,9 +147,7 @@ _POOLINGS: dict[str, Callable[..., Tensor]] = {
     "all": pool_all,
 }
 _TRAINING = ("last_token", "mean", "first_token", "eos", "all")
-_NAMES = {"score": tuple(REDUCTIONS), "activation": tuple(_POOLINGS)}
-_REDUCTIONS = [name if r.parameter is None else f"{name}({r.parameter.name})" for name, r in REDUCTIONS.items()]
-_ALL_STRATEGIES = [*_POOLINGS, *(f"score:{r}" for r in _REDUCTIONS), *(f"activation:{p}" for p in _POOLINGS if p != "all")]
+_NAMES: dict[str, Mapping[str, object]] = {"score": REDUCTIONS, "activation": _POOLINGS}
 _WHY_NOT = {  # a known name under a prefix that it cannot have
     "score:all": "'all' keeps the score of every token, which leaves nothing to reduce, and takes no prefix",
     "activation:all": "'all' keeps the activation of every token, which pools nothing, and takes no prefix",
@@ -169,8 +168,8 @@ class ParsedPooling:
 def parse_pooling_strategy(strategy: str) -> ParsedPooling:
     """Take a strategy's name apart.
 
-    A prefix `score:` or `activation:` forces the stage. Bare max, min, ema_max, rolling_max and softmax reduce scores; bare
-    last_token, first_token, mean, eos and all are about activations.
+    A prefix `score:` or `activation:` forces the stage. Bare max, min, ema_max, rolling_max, softmax and what
+    `register_reduction` added reduce scores; bare last_token, first_token, mean, eos and all are about activations.
     Raises InputError for an unknown name or prefix, listing what exists, and for a missing or wrong parameter.
 
     >>> parse_pooling_strategy("score:rolling_max(10)")
@@ -184,7 +183,7 @@ def parse_pooling_strategy(strategy: str) -> ParsedPooling:
         raise InputError(f"Pooling strategy {strategy!r} does not exist: {_WHY_NOT[f'{prefix}:{name}']}.")
     stage = _natural_stage(name) if prefix is None else prefix
     if stage not in _NAMES or name not in _NAMES[stage]:
-        raise _unknown(strategy)
+        raise _unknown(strategy, name if stage == "score" else "")
     parameter = None if brackets is None else _number(strategy, brackets)
     if stage == "score":
         check_parameter(name, parameter)
@@ -229,7 +228,7 @@ def reduce_scores(scores: TokenScores, strategy: str, attention_mask: AttentionM
 
     scores: [batch pos], or probabilities [batch pos n_classes]; strategy: a reduction's name, with or without 'score:'.
     With two classes, class 1 is reduced and class 0 is the rest; with more, each is reduced and the row then divided by its
-    sum (all get the same if that is 0). ema_max, rolling_max and softmax take logits [batch pos] alone.
+    sum (all get the same if that is 0). Reductions on logits, as ema_max, take logits [batch pos] alone.
     Returns [batch] or [batch n_classes], float32 (float64 stays).
     Raises InputError for a wrong strategy, shape or mask; EmptyMaskError naming the rows with no real token.
 
@@ -239,31 +238,37 @@ def reduce_scores(scores: TokenScores, strategy: str, attention_mask: AttentionM
     prefixed = strategy if isinstance(strategy, str) and ":" in strategy else f"score:{strategy}"
     parsed = parse_pooling_strategy(prefixed)
     if not parsed.is_score_pooling:
-        raise InputError(f"Strategy {strategy!r} pools activations; scores can be reduced by {', '.join(_REDUCTIONS)}.")
+        raise InputError(f"Strategy {strategy!r} pools activations; scores can be reduced by {', '.join(_reductions())}.")
     name = parsed.base_strategy
     if not isinstance(scores, Tensor) or scores.ndim != 3:
         return reduce_batch(scores, name, parsed.parameter, attention_mask)
-    if parsed.parameter is not None:
+    if REDUCTIONS[name].on == "logit":
         raise InputError(f"{strategy!r} takes logits [batch pos], got shape {list(scores.shape)}. Give one class's logits.")
     if scores.shape[2] < 2:
         raise InputError(f"scores {list(scores.shape)} have fewer than 2 classes. One score a token is [batch pos].")
     if scores.shape[2] == 2:
-        positive = reduce_batch(scores[..., 1], name, None, attention_mask)
+        positive = reduce_batch(scores[..., 1], name, parsed.parameter, attention_mask)
         return torch.stack([1 - positive, positive], dim=-1)
-    reduced = reduce_batch(scores, name, None, attention_mask)
+    reduced = reduce_batch(scores, name, parsed.parameter, attention_mask)
     total = reduced.sum(dim=-1, keepdim=True)
     return torch.where(total == 0, 1 / scores.shape[2], reduced / torch.where(total == 0, 1.0, total))
 
 
 def _natural_stage(name: str) -> str:
-    streaming = name in REDUCTIONS and REDUCTIONS[name].parameter is not None
-    return "score" if streaming or name in ("max", "min") else "activation"
+    return "activation" if name in _POOLINGS and name not in ("max", "min") else "score"
 
 
-def _unknown(strategy: object) -> InputError:
-    close = get_close_matches(str(strategy), _ALL_STRATEGIES, n=1)
+def _reductions() -> list[str]:
+    return [name if r.parameter is None else f"{name}({r.parameter.name})" for name, r in REDUCTIONS.items()]
+
+
+def _unknown(strategy: object, reduction: str = "") -> InputError:
+    known = [*_POOLINGS, *(f"score:{r}" for r in _reductions()), *(f"activation:{p}" for p in _POOLINGS if p != "all")]
+    close = get_close_matches(str(strategy), known, n=1)
     hint = f" Closest: {close[0]!r}." if close else ""
-    return InputError(f"Unknown pooling strategy {strategy!r}.{hint} All strategies: {', '.join(_ALL_STRATEGIES)}.")
+    if reduction.isidentifier():
+        hint += f" If {reduction!r} is a reduction of your own, register it first: register_reduction({reduction!r}, ...)."
+    return InputError(f"Unknown pooling strategy {strategy!r}.{hint} All strategies: {', '.join(known)}.")
 
 
 def _number(strategy: str, text: str) -> float | int:

@@ -13,6 +13,7 @@ import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
+from lmprobe_tl.calibration import Calibration
 from lmprobe_tl.errors import InputError, PoolingMismatchWarning
 from lmprobe_tl.estimators import make_classifier
 from lmprobe_tl.estimators.fitting import fit_classifier
@@ -30,6 +31,7 @@ from lmprobe_tl.hook_points import (
 )
 from lmprobe_tl.inference import TokenOutputs, prompt_outputs, token_outputs
 from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
+from lmprobe_tl.live_calibration import CalibrationGoal, check_unseen, measure_calibration, score_settings
 from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, resolve_pooling
 from lmprobe_tl.probe_spec import PoolingRecord, ProbeSpec, TrainingRecord
 from lmprobe_tl.provenance import classifier_name, data_hash, package_versions
@@ -62,7 +64,7 @@ class Probe(ClassifierMixin, BaseEstimator):
     name: key of the probe's scores when it runs live.
 
     Learnt: `classes_` (with two, the second is positive), `classifier_`, `hook_names_`, `n_features_in_`, `weights_`, and
-    with train_pooling 'all' `groups_`, the prompt of each training example.
+    with train_pooling 'all' `groups_`, the prompt of each training example; after `calibrate` `calibration_`.
 
     On models with LayerNorm the mean over d_model is taken off each activation, so that the direction sums to zero and
     scores are the same whether the model's weights were centred or not.
@@ -188,6 +190,9 @@ class Probe(ClassifierMixin, BaseEstimator):
             weight *= len(weight) / weight.sum()  # as strong together as unweighted tokens: C keeps its meaning
         self.classifier_ = fit_classifier(classifier, features, y, groups=groups, sample_weight=weight)
         self.model_, self.hook_names_, self.classes_ = model, names, classes
+        if hasattr(self, "calibration_"):
+            del self.calibration_, self._calibrated_as  # of the classifier before
+        self._trained_on = frozenset(hash(tuple(row)) for row in rows)
         self.n_features_in_ = features.shape[1]
         if groups is not None:
             self.groups_ = groups
@@ -330,6 +335,42 @@ class Probe(ClassifierMixin, BaseEstimator):
         scores = logits if len(self.classes_) == 2 else probabilities
         return truth, scores, self.classes_[probabilities.argmax(axis=1)], groups
 
+    # --- thresholds ---
+
+    def calibrate(
+        self,
+        negative_prompts: Sequence[Prompt],
+        fpr: float = 0.01,
+        delta: float = 0.05,
+        *,
+        method: str = "pac",
+        positive_prompts: Sequence[Prompt] | None = None,
+        min_recall: float | None = None,
+        probability: bool = False,
+    ) -> Probe:
+        """Set the threshold for live use on whole negative sequences; see `calibrate_probe` for all arguments.
+
+        Learnt: `calibration_`, which `weights_` and `save` carry from then on; `fit` drops it.
+        Raises what `calibrate_probe` raises, and CalibrationError for prompts that the probe was trained on, except with
+        method 'empirical': on these its scores say nothing of new text.
+        """
+        weights, goal = self._weights(), CalibrationGoal(fpr, delta, method, min_recall, probability)
+        goal.check(weights, negative_prompts, positive_prompts)
+        tokens: list[Any] = [None, None]
+        for at, (name, prompts) in enumerate(
+            (("negative_prompts", negative_prompts), ("positive_prompts", positive_prompts))
+        ):
+            if prompts is not None:
+                rows = self._tokenize(self.model_, check_prompts(prompts))
+                if method != "empirical":
+                    check_unseen(rows, self._trained_on, name)
+                tokens[at] = [np.array(row, dtype=np.int64) for row in rows]
+        self.calibration_: Calibration = measure_calibration(
+            self.model_, weights, goal, *tokens, batch_size=self.batch_size, progress=self.progress
+        )
+        self._calibrated_as: dict[str, Any] = score_settings(weights)
+        return self
+
     # --- the artefact ---
 
     @property
@@ -339,7 +380,19 @@ class Probe(ClassifierMixin, BaseEstimator):
         return self.to_weights()
 
     def to_weights(self) -> ProbeWeights:
-        """See `weights_`."""
+        """See `weights_`. InputError where parameters that change the scores were set after `calibrate`."""
+        weights = self._weights()
+        if not hasattr(self, "calibration_"):
+            return weights
+        if score_settings(weights) != self._calibrated_as:
+            raise InputError(
+                f"the threshold was calibrated with {self._calibrated_as}, and the parameters now say "
+                f"{score_settings(weights)}; call calibrate (or fit) again."
+            )
+        return weights.with_calibration(self.calibration_)
+
+    def _weights(self) -> ProbeWeights:
+        """The artefact without what `calibrate` learnt."""
         check_is_fitted(self, "classifier_")
         train, inference = self._poolings()
         for side in (train, inference):
@@ -382,7 +435,9 @@ class Probe(ClassifierMixin, BaseEstimator):
         if evaluation is not None and not isinstance(evaluation, Evaluation):
             raise InputError(f"evaluation is a {type(evaluation).__name__}; expected what `evaluate` returned, or None.")
         weights = self.to_weights()
-        return (weights if evaluation is None else weights.with_metrics(evaluation.records())).save(path)
+        if evaluation is not None:
+            weights = weights.with_metrics({**weights.spec.metrics, **evaluation.records()})
+        return weights.save(path)
 
 
 def pooling_name(pooling: str | PoolingStrategy) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,14 +13,16 @@ from typing import Any, BinaryIO
 import safetensors.torch
 from safetensors import SafetensorError
 
+from lmprobe_tl.checked_record import shown
 from lmprobe_tl.errors import InputError, ProbeFileError
-from lmprobe_tl.probe_spec import CONTROL_CHARACTERS, MetricRecord, ProbeSpec, ThresholdRecord, TrainingRecord, shown
+from lmprobe_tl.probe_spec import ProbeSpec
 from lmprobe_tl.weights import ProbeWeights
 
 SUFFIX = ".safetensors"
 METADATA_KEY = "lmprobe_tl"
 FORMAT = "lmprobe_tl.probe"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_OLDEST_VERSION = 1
 MAX_FILE_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
 
@@ -70,29 +71,6 @@ def load_probe(path: str | os.PathLike[str]) -> ProbeWeights:
         raise ProbeFileError(f"Cannot load probe {str(path)!r}: its JSON is nested too deeply. {_DAMAGED}") from error
     except (OSError, ProbeFileError) as error:
         raise ProbeFileError(f"Cannot load probe {str(path)!r}: {error}") from error
-
-
-def probe_summary(weights: ProbeWeights) -> dict[str, str]:
-    """What a reader wants to know about a probe, row by row, safe to print."""
-    spec = weights.spec
-    rows = {
-        "name": spec.name,
-        "description": spec.description or "none",
-        "labels": _labels_text(spec),
-        "hook points": ", ".join(spec.hook_points),
-        "d_model": str(spec.d_model),
-        "model": _facts(spec.model.to_dict() | {"layers": spec.n_layers}),
-        "tokenizer": _facts(spec.tokenizer.to_dict()),
-        "residual basis": f"{spec.residual_basis} (normalization: {spec.normalization})",
-        "pooling": _facts(spec.pooling.to_dict()),
-        "threshold": _threshold_text(spec.threshold, spec.n_classes == 2),
-        "training": _training_text(spec.training),
-        **{f"metric {name}": _metric_text(metric) for name, metric in spec.metrics.items()},
-        "versions": ", ".join(f"{library} {version}" for library, version in spec.versions.items()) or "not recorded",
-        "licence": spec.licence or "not stated",
-        "size": f"{weights.direction.numel() + weights.intercept.numel()} float32 numbers",
-    }
-    return {_printable(key): _printable(text) for key, text in rows.items()}
 
 
 def _serialised(weights: ProbeWeights) -> bytes:
@@ -184,7 +162,8 @@ def _read_spec(header: dict[str, Any]) -> ProbeSpec:
     document = _parsed(metadata[METADATA_KEY], f"metadata {METADATA_KEY!r}")
     _check_format(document)
     try:
-        return ProbeSpec.from_dict(document["spec"])
+        spec = document["spec"]
+        return ProbeSpec.from_dict(_from_version_1(spec) if document["format_version"] == 1 else spec)
     except ProbeFileError as error:
         raise ProbeFileError(f"{error} {_DAMAGED}") from error
 
@@ -198,10 +177,28 @@ def _check_format(document: dict[str, Any]) -> None:
             f"it was written by a newer lmprobe_tl (format version {shown(version)}, this one reads {FORMAT_VERSION}): "
             "upgrade with 'pip install --upgrade lmprobe_tl'."
         )
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise ProbeFileError(f"its format_version is {shown(version)}; expected {FORMAT_VERSION}. {_DAMAGED}")
+    if type(version) is not int or version < _OLDEST_VERSION:
+        expected = f"a whole number from {_OLDEST_VERSION} to {FORMAT_VERSION}"
+        raise ProbeFileError(f"its format_version is {shown(version)}; expected {expected}. {_DAMAGED}")
     if set(document) != {"format", "format_version", "spec"}:
         raise ProbeFileError(f"its keys are {shown(sorted(document))}; expected format, format_version, spec. {_DAMAGED}")
+
+
+def _from_version_1(spec: Any) -> Any:
+    """A version-1 spec with None for what came with version 2; anything that is no such spec is left to `from_dict`."""
+    if not isinstance(spec, dict):
+        return spec
+    spec, threshold = _with_none(spec, ["probability_calibration"]), spec.get("threshold")
+    if isinstance(threshold, dict):
+        spec["threshold"] = _with_none(threshold, ["rank", "statistic", "guarantee"])
+    return spec
+
+
+def _with_none(record: dict[str, Any], new_keys: list[str]) -> dict[str, Any]:
+    for key in new_keys:
+        if key in record:
+            raise ProbeFileError(f"{key!r} is an unknown key in a file of format version 1.")
+    return record | dict.fromkeys(new_keys)
 
 
 def _check_tensors(header: dict[str, Any], spec: ProbeSpec) -> int:
@@ -248,36 +245,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(constant: str) -> None:
     raise ProbeFileError(f"holds {constant}; expected finite numbers only.")
-
-
-def _printable(text: str) -> str:
-    """Control characters spelled out, so that a file cannot send commands to the reader's terminal."""
-    return CONTROL_CHARACTERS.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
-
-
-def _facts(values: Mapping[str, Any]) -> str:
-    known = [f"{key.replace('_', ' ')} {value}" for key, value in values.items() if value is not None]
-    return ", ".join(known) or "not recorded"
-
-
-def _labels_text(spec: ProbeSpec) -> str:
-    if spec.n_classes == 2:
-        return f"{spec.labels[1]!r} (positive), {spec.labels[0]!r} (negative)"
-    return ", ".join(repr(label) for label in spec.labels)
-
-
-def _threshold_text(threshold: ThresholdRecord | None, binary: bool) -> str:
-    if threshold is None:
-        return "probability >= 0.5 (default)" if binary else "none"
-    origin = {"method": threshold.method, "fpr": threshold.fpr, "delta": threshold.delta, "n": threshold.n}
-    return f"{threshold.unit} >= {threshold.value:g} ({_facts(origin)})"
-
-
-def _training_text(training: TrainingRecord | None) -> str:
-    return "not recorded" if training is None else _facts(training.to_dict())
-
-
-def _metric_text(metric: MetricRecord) -> str:
-    if metric.confidence is None:
-        return f"{metric.value:.4g} (n {metric.n})"
-    return f"{metric.value:.4g} [{metric.low:.4g}, {metric.high:.4g}] ({metric.confidence:.4g} confidence, n {metric.n})"

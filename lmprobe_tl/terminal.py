@@ -10,9 +10,9 @@ from rich.style import Style
 from rich.text import Text
 
 from lmprobe_tl.colours import score_colour
-from lmprobe_tl.live_events import TokenEvent
-from lmprobe_tl.scoring_plan import threshold_logit
+from lmprobe_tl.live_records import TokenEvent
 from lmprobe_tl.token_text import TokenText
+from lmprobe_tl.watches import threshold_logit
 from lmprobe_tl.weights import ProbeWeights
 
 # Around flagged text where there are no colours.

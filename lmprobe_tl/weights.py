@@ -13,12 +13,25 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from lmprobe_tl.checked_record import shown
 from lmprobe_tl.errors import IncompatibleProbeError, InputError
 from lmprobe_tl.pooling import parse_pooling_strategy
-from lmprobe_tl.probe_spec import Label, MetricRecord, ProbeSpec, ThresholdRecord, ThresholdUnit, shown
+from lmprobe_tl.probe_spec import (
+    HIGHEST_LOGIT,
+    LOWEST_LOGIT,
+    RECALL_METRIC,
+    Label,
+    MetricRecord,
+    ProbeSpec,
+    ThresholdRecord,
+    ThresholdUnit,
+    without_threshold_metrics,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+
+    from lmprobe_tl.calibration import Calibration
 
 SUM_TOLERANCE = 1e-4  # of a block's L1 norm: far above float32 rounding, far below any direction that was never centred
 
@@ -165,16 +178,46 @@ class ProbeWeights:
         delta: float | None = None,
         n: int | None = None,
     ) -> ProbeWeights:
-        """A copy that flags when `score >= value`; the other arguments record how the value was found."""
+        """A copy that flags when `score >= value`; the other arguments record how the value was found. It has no metrics of
+        the old threshold."""
         threshold = ThresholdRecord(value=value, unit=unit, method=method, fpr=fpr, delta=delta, n=n)
-        return replace(self, spec=replace(self.spec, threshold=threshold))
+        metrics = without_threshold_metrics(self.spec.metrics)
+        return replace(self, spec=replace(self.spec, threshold=threshold, metrics=metrics))
+
+    def with_calibration(self, calibration: Calibration) -> ProbeWeights:
+        """A copy with the threshold, recall (as metric 'recall_at_fpr') and probability curve of a calibration alone."""
+        metrics = without_threshold_metrics(self.spec.metrics)
+        if calibration.recall is not None:
+            metrics[RECALL_METRIC] = calibration.recall
+        threshold, curve = calibration.threshold, calibration.probability
+        return replace(self, spec=replace(self.spec, threshold=threshold, probability_calibration=curve, metrics=metrics))
+
+    def calibrated_probabilities(self, scores: Tensor | ArrayLike) -> Tensor:
+        """Probability that a sequence is positive, from the logits of its calibrated statistic: the running maximum, as
+        `sequence_maxima(..., unit='logit')` gives it. Any shape; float32.
+
+        It holds for the ratio of positives that it was fitted on, and has no part in thresholds and alarms. InputError where
+        the probe has no probability calibration.
+        """
+        curve = self.spec.probability_calibration
+        if curve is None:
+            raise InputError(
+                f"probe {self.name!r} has no probability calibration; make one with calibrate(..., positive_prompts=..., "
+                "probability=True)."
+            )
+        logits = _as_tensor(scores)
+        if not logits.is_floating_point() or logits.isnan().any():
+            raise InputError(f"scores are {shown(logits)}; expected logits, floats that are not NaN.")
+        logits = logits.nan_to_num(posinf=HIGHEST_LOGIT, neginf=LOWEST_LOGIT)
+        return torch.sigmoid(logits.float() * curve.slope + curve.intercept)
 
     def with_inference_pooling(self, strategy: str) -> ProbeWeights:
-        """A copy that pools by another strategy, such as 'score:max'. It has no threshold and no metrics: both were of the
-        old score."""
+        """A copy that pools by another strategy, such as 'score:max'. It has no threshold, probability calibration and
+        metrics: all were of the old score."""
         parse_pooling_strategy(strategy)
         pooling = replace(self.spec.pooling, inference=strategy)
-        return replace(self, spec=replace(self.spec, pooling=pooling, threshold=None, metrics={}))
+        spec = replace(self.spec, pooling=pooling, threshold=None, probability_calibration=None, metrics={})
+        return replace(self, spec=spec)
 
     def with_metrics(self, metrics: Mapping[str, MetricRecord]) -> ProbeWeights:
         """A copy that carries these metrics and no others."""

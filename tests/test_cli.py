@@ -25,7 +25,7 @@ from embedded import embedded_model
 from sklearn.exceptions import ConvergenceWarning
 from test_report import Page
 
-from lmprobe_tl import Probe, cli, demo, load_probe
+from lmprobe_tl import Probe, calibrate_probe, cli, demo, load_probe
 from lmprobe_tl.demo import main_job
 from lmprobe_tl.weights import ProbeWeights
 
@@ -227,6 +227,139 @@ def pooled_by(inference: str, weights: ProbeWeights) -> ProbeWeights:
     return replace(weights, spec=replace(weights.spec, pooling=replace(weights.spec.pooling, inference=inference)))
 
 
+# --- calibrate -----------------------------------------------------------------------------------------------------------
+
+HARMLESS = [f"{word} = {at} + {other}" for at, word in enumerate("abcdefghij") for other in ("x", "yy", "zzz")]
+SUSPECT = [f"{word} was late {at}" for at, word in enumerate(["She", "He", "It", "Nobody", "The rain", "A day"])]
+CODE_WORDS = (
+    "a", "def", "for", "import", "class", "return", "if", "while", "try", "with",
+    "lambda", "not", "print", "self", "open", "list", "dict", "set", "int", "str",
+)  # fmt: skip
+QUICK = ("--fpr", "0.1", "--delta", "0.1")
+
+
+def lines_of(path: Path, texts: list[str]) -> Path:
+    return write(path, "\n".join(texts))
+
+
+def test_calibrate_writes_the_threshold_into_the_file_and_says_what_it_promises(
+    run: Run, probes: dict[str, Path], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "mine.safetensors", probes["prose"].read_bytes())
+    before = load_probe(path)
+    said = run("calibrate", path, lines_of(tmp_path / "n.txt", HARMLESS), *QUICK).fine.splitlines()
+    after = load_probe(path)
+    expected = calibrate_probe(embedded_model(), before, HARMLESS, 0.1, 0.1)
+    assert after.spec == expected.spec and torch.equal(after.direction, before.direction)
+    threshold = after.threshold
+    assert threshold is not None and (threshold.n, threshold.rank, threshold.method) == (30, 30, "pac")
+    assert said == [
+        f"{path}: probe 'prose', calibrated",
+        f"threshold: logit >= {threshold.value:g} (running maximum of last_token)",
+        "method: pac (just above rank 30 of 30 negative sequences in rising order)",
+        f"guarantee: {threshold.guarantee}",
+    ]
+    rows = run("inspect", path).fine
+    assert threshold.guarantee is not None and threshold.guarantee in rows
+    assert "rank 30, statistic running maximum of last_token" in rows
+    assert {one.name for one in tmp_path.iterdir()} == {"mine.safetensors", "n.txt"}
+
+
+def test_calibrate_reports_recall_and_probabilities_and_writes_elsewhere(
+    run: Run, probes: dict[str, Path], tmp_path: Path
+) -> None:
+    original, out = probes["prose"].read_bytes(), tmp_path / "out.safetensors"
+    negatives = jsonl(tmp_path / "n.jsonl", HARMLESS, [0] * 30)
+    positives = write(tmp_path / "p.csv", "text\n" + "\n".join(SUSPECT))
+    arguments = ["--positives", positives, "--probability", "--method", "conformal", "--out", out, "--batch-size", 4]
+    said = run("calibrate", probes["prose"], negatives, *QUICK, *arguments).fine.splitlines()
+    assert probes["prose"].read_bytes() == original
+    saved = load_probe(out)
+    recall, curve = saved.spec.metrics["recall_at_fpr"], saved.spec.probability_calibration
+    assert curve is not None and (curve.n_negative, curve.n_positive) == (30, 6)
+    assert said[-2] == f"recall: {recall.value:.3f} [{recall.low:.3f}, {recall.high:.3f}] on 6 positive sequences"
+    assert said[-1].startswith(
+        f"probability: sigmoid({curve.slope:g} z {curve.intercept:+g}) of the running maximum's logit z"
+    )
+    assert saved.threshold is not None and saved.threshold.method == "conformal" and saved.threshold.rank == 28
+    column = run("calibrate", out, negatives, *QUICK, "--text-column", "label")
+    assert "prompts[0] is a int" in column.error
+
+
+def test_calibrate_then_score_flags_by_the_new_threshold(run: Run, probes: dict[str, Path], tmp_path: Path) -> None:
+    weights = load_probe(probes["live"]).with_inference_pooling("score:max")
+    # so certain that probabilities round to 1, where only logits tell scores apart
+    path = ProbeWeights(weights.direction * 99, weights.intercept * 99 + 300, weights.spec).save(tmp_path / "p.safetensors")
+    negatives = lines_of(tmp_path / "n.txt", list(CODE_WORDS))
+    run("calibrate", path, negatives, "--fpr", "0.2", "--method", "empirical").fine  # noqa: B018
+    records = run("score", path, negatives).records
+    assert len(records) == 20
+    assert sum(record["score"] == 1 for record in records) > 4, "probabilities are no help here"
+    assert sum(record["flagged"] for record in records) == 4
+
+
+def test_calibrate_with_a_model_of_ones_own_and_its_bos(run: Run, llama: Tiny, tmp_path: Path) -> None:
+    path = Probe(llama.bridge, 2, name="tiny", prepend_bos=True).fit(TEXTS, LABELS).save(tmp_path / "tiny.safetensors")
+    texts = [f"{first} {second}" for first in ("the", "cats", "rain", "sun", "music") for second in "abcde"]
+    negatives = lines_of(tmp_path / "n.txt", texts)
+    for option, bos in (("--bos", True), ("--no-bos", False)):
+        out = tmp_path / f"{option}.safetensors"
+        run("calibrate", path, negatives, *QUICK, "--model", llama.folder, option, "-o", out).fine  # noqa: B018
+        expected = calibrate_probe(llama.bridge, path, texts, 0.1, 0.1, prepend_bos=bos).threshold
+        found = load_probe(out).threshold
+        assert found is not None and expected is not None
+        assert found.value == pytest.approx(expected.value, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["{probe}", "{negatives}"],
+            "30 negative sequences are too few: method 'pac' with fpr 0.01, delta 0.05 needs at least 299",
+        ),
+        (["{probe}", "{negatives}", "--fpr", "2"], "fpr is 2.0; expected a number between 0 and 1"),
+        (["{probe}", "{negatives}", "--method", "magic"], "method is 'magic'; expected 'pac', 'conformal', 'empirical'"),
+        (["{probe}", "{negatives}", *QUICK, "--min-recall", "0.9"], "min_recall=0.9 needs positive_prompts"),
+        (["{probe}", "{negatives}", *QUICK, "--probability"], "probability=True needs positive_prompts"),
+        (["{probe}", "{negatives}", *QUICK, "--out", "x.pt"], "--out is 'x.pt'; a probe file ends in .safetensors"),
+        (
+            ["{probe}", "{negatives}", *QUICK, "--out", "no/x.safetensors"],
+            "--out is 'no/x.safetensors', but there is no folder",
+        ),
+        (["{probe}", "-", "--positives", "-"], "both read standard input"),
+        (["{probe}", "nowhere.txt"], "there is no file 'nowhere.txt'"),
+        (["{probe}", "{negatives}", "--positives", "nowhere.txt"], "there is no file 'nowhere.txt'"),
+        (["nowhere.safetensors", "{negatives}"], "there is no such file"),
+        (["{three}", "{negatives}", *QUICK], "3 classes; a threshold needs a probe with two"),
+    ],
+)
+def test_calibrate_fails_in_one_line_before_the_model_is_loaded(
+    run: Run,
+    probes: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    says: str,
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    names = {**probes, "probe": probes["prose"], "negatives": lines_of(tmp_path / "n.txt", HARMLESS)}
+    before = probes["prose"].read_bytes()
+    assert says in run("calibrate", *(argument.format(**names) for argument in arguments)).error
+    assert probes["prose"].read_bytes() == before
+
+
+def test_a_recall_below_the_target_leaves_the_file_as_it_was(run: Run, probes: dict[str, Path], tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.safetensors", probes["prose"].read_bytes())
+    negatives, positives = lines_of(tmp_path / "n.txt", list(CODE_WORDS)), lines_of(tmp_path / "p.txt", list(CODE_WORDS))
+    rates = ("--fpr", "0.2", "--delta", "0.2")
+    ran = run("calibrate", path, negatives, *rates, "--positives", positives, "--min-recall", "0.9")
+    assert ran.code == 2 and ran.out == ""
+    assert "error: the recall is 0.050 [0.001, 0.249] on 20 positive sequences" in ran.err
+    assert path.read_bytes() == probes["prose"].read_bytes()
+
+
 # --- score ---------------------------------------------------------------------------------------------------------------
 
 
@@ -421,7 +554,7 @@ def test_inspect_prints_every_row_of_the_summary(run: Run, probes: dict[str, Pat
 
 def test_without_arguments_the_command_explains_itself(run: Run) -> None:
     assert run().fine == run("--help").fine
-    for command in ("demo", "fit", "score", "generate", "inspect"):
+    for command in ("demo", "fit", "calibrate", "score", "generate", "inspect"):
         assert re.search(rf"^  {command}\s+[A-Z].*[.]$", run().out, re.M), command
         assert "Usage:" in run(command, "--help").fine
 
@@ -672,7 +805,7 @@ def test_output_into_a_closed_pipe_is_quiet(
     run: Run, probes: dict[str, Path], monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     weights = load_probe(probes["prose"])
-    monkeypatch.setattr("lmprobe_tl.probe_file.probe_summary", lambda _: {"name": weights.name * size})
+    monkeypatch.setattr("lmprobe_tl.probe_summary.probe_summary", lambda _: {"name": weights.name * size})
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:

@@ -16,13 +16,18 @@ PACKAGE = Path(lmprobe_tl.__file__).parent
 
 FLOORS = {
     0: {"errors", "types"},
-    1: {"masks", "pooling", "reductions", "online"},
-    2: {"probe_spec", "weights", "probe_file", "labels", "metrics", "provenance"}
+    1: {"masks", "pooling", "reductions", "online", "twins", "twin_check"},
+    2: {"checked_record", "probe_spec", "weights", "probe_file", "probe_summary", "labels", "metrics", "calibration"}
+    | {"provenance"}
     | {"estimators", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"},
-    3: {"forward_watch", "generate_call", "hook_points", "tokens", "extraction", "scoring_plan", "live_run", "live_events"},
-    4: {"inference", "evaluation", "probe", "monitor", "generation", "scoring"},
+    3: {"forward_watch", "generate_call"}
+    | {"hook_points", "tokens", "extraction", "live_records", "live_reduction", "watches", "scoring_plan", "history"}
+    | {"crossings", "live_rows", "live_columns", "live_run", "live_events", "live_passes", "compatibility"}
+    | {"residual_basis"},
+    4: {"inference", "evaluation", "probe", "monitor", "generation", "scoring"}
+    | {"live_calibration", "live_sequences", "live_evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
-    6: {"cli", "colours", "records", "report", "terminal", "token_text"},
+    6: {"cli", "calibrate_command", "colours", "records", "report", "terminal", "token_text"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SKINS = {"cli", "report", "terminal"}

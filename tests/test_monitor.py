@@ -38,7 +38,7 @@ from lmprobe_tl.errors import (
     ProbeNeverFiredError,
 )
 from lmprobe_tl.hook_points import ForwardCall, model_record
-from lmprobe_tl.live_events import TokenEvent
+from lmprobe_tl.live_records import TokenEvent
 from lmprobe_tl.monitor import Monitor, attach_probes
 from lmprobe_tl.tokens import tokenizer_record
 from lmprobe_tl.weights import ProbeWeights
@@ -423,10 +423,11 @@ def test_a_row_that_goes_on_after_eos_is_never_cut_in_silence(gpt2: Tiny) -> Non
         with gpt2.bridge.hooks(fwd_hooks=hooks):
             return gpt2.bridge.generate(tokens, attention_mask=mask, stop_at_eos=False, verbose=False, **GREEDY)
 
-    with attach_probes(gpt2.bridge, make_probe()) as monitor:
+    message = r"row 1 went on after it had ended .*eos_token_id"
+    with attach_probes_expecting(MonitorError, message, gpt2.bridge) as monitor:  # also where nobody reads
         generate()
     for read in (monitor.tokens, monitor.alarms, lambda: monitor.token_scores("p"), lambda: monitor.running_scores("p")):
-        with pytest.raises(MonitorError, match=r"row 1 went on after it had ended .*eos_token_id"):
+        with pytest.raises(MonitorError, match=message):
             read()
     hooks[0] = ("unembed.hook_out", forced(EOS, 2, row=1))
     with attach_probes(gpt2.bridge, make_probe(), eos_token_id=[]) as monitor:
@@ -699,10 +700,11 @@ def test_a_pass_that_stops_below_the_probe_is_an_error(gpt2: Tiny) -> None:
 
 
 def test_hooks_that_were_reset_are_noticed(gpt2: Tiny) -> None:
-    with attach_probes_expecting(ProbeNeverFiredError, "saw no activation", gpt2.bridge):
+    message = r"hooks of the attached probes on \['blocks.2.hook_resid_post'\] were removed \(by reset_hooks"
+    with attach_probes_expecting(MonitorError, message, gpt2.bridge):
         gpt2.bridge.reset_hooks()
         gpt2.bridge(torch.tensor([[5, 6]]))
-    with attach_probes_expecting(ProbeNeverFiredError, "did not reach all hook points", gpt2.bridge):
+    with attach_probes_expecting(MonitorError, message, gpt2.bridge):
         gpt2.bridge(torch.tensor([[5, 6]]))
         gpt2.bridge.reset_hooks()
         gpt2.bridge(torch.tensor([[5, 7]]))
@@ -728,14 +730,16 @@ def test_activations_that_are_not_finite_are_an_error_when_read(gpt2: Tiny) -> N
             spoiled[0, :-2] = bad  # of which most are pads
             return spoiled
 
+        message = "logit of probe 'p' is not finite at position 0 of row 0"
+        probes = [make_probe(), make_probe("fine", "blocks.1.hook_out")]
         with (
             gpt2.bridge.hooks(fwd_hooks=[("blocks.2.hook_out", spoil)]),
-            attach_probes(gpt2.bridge, [make_probe(), make_probe("fine", "blocks.1.hook_out")]) as monitor,
+            attach_probes_expecting(MonitorError, message, gpt2.bridge, probes) as monitor,  # also where nobody reads
         ):
             gpt2.bridge(tokens, attention_mask=mask)
         reads = (monitor.alarms, lambda: monitor.token_scores("p"), lambda: monitor.running_scores("p"))
         for read in reads:
-            with pytest.raises(MonitorError, match="logit of probe 'p' is not finite at position 0 of row 0"):
+            with pytest.raises(MonitorError, match=message):
                 read()
         assert [len(scores) for scores in monitor.running_scores("fine")] == list(map(len, rows))
 
@@ -929,3 +933,39 @@ def test_probes_come_as_weights_as_files_or_as_anything_that_makes_weights(gpt2:
     for name, seed in (("p", 0), ("from file", 1), ("fitted", 2)):
         probe = make_probe(seed=seed)
         assert_same(monitor.token_scores(name)[0], probe.logits(features_of(gpt2, ids, probe)))
+
+
+# --- units ---
+
+
+@pytest.mark.parametrize("inference", ["score:max", "mean", "score:mean", "last_token", "score:ema_max(0.5)"])
+def test_running_scores_come_in_either_unit(gpt2: Tiny, inference: str) -> None:
+    tokens, mask = left_padded([encode(gpt2, text, bos=True) for text in PROMPTS])
+    with attach_probes(gpt2.bridge, make_probe(inference=inference)) as monitor:
+        gpt2.bridge(tokens, attention_mask=mask)
+    for row, own in enumerate(monitor.running_scores("p")):
+        logits = monitor.running_scores("p", unit="logit")[row]
+        probabilities = monitor.running_scores("p", unit="probability")[row]
+        assert torch.equal(own.isnan(), logits.isnan()) and torch.equal(own.isnan(), probabilities.isnan())
+        torch.testing.assert_close(logits.sigmoid(), probabilities, equal_nan=True)
+        exact = logits if inference == "score:ema_max(0.5)" else probabilities
+        assert torch.equal(own.nan_to_num(), exact.nan_to_num())
+
+
+def test_logits_of_running_scores_do_not_saturate(gpt2: Tiny) -> None:
+    tokens, mask = left_padded([encode(gpt2, text) for text in PROMPTS])
+    with attach_probes(gpt2.bridge, make_probe(scale=50.0)) as monitor:
+        gpt2.bridge(tokens, attention_mask=mask)
+    final = [row[-1] for row in monitor.running_scores("p", unit="logit")]
+    logits = [row[1:].max() if encode(gpt2, PROMPTS[0])[0] == BOS else row.max() for row in monitor.token_scores("p")]
+    assert final == logits and min(final) < -104, "as a probability this is 0"
+
+
+def test_a_unit_that_a_probe_does_not_have_is_refused(gpt2: Tiny) -> None:
+    with attach_probes(gpt2.bridge, [make_probe(), make_probe("classes", n_classes=3)]) as monitor:
+        gpt2.bridge(torch.tensor([[5, 6]]))
+    with pytest.raises(InputError, match="unit is 'percent'; expected 'logit' or 'probability'"):
+        monitor.running_scores("p", "percent")
+    with pytest.raises(InputError, match="unit is 'logit'; expected .* for a probe with two classes, or None"):
+        monitor.running_scores("classes", "logit")
+    assert monitor.running_scores("classes")[0].shape == (2, 3)

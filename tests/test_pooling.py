@@ -199,6 +199,8 @@ def test_every_strategy_parses_and_has_a_function(raw: str) -> None:
     [
         ("lst_token", "Closest: 'last_token'"),
         ("score:meen", "Closest: 'score:mean'"),
+        ("score:peak(3)", r"If 'peak' is a reduction of your own, register it first: register_reduction\('peak', \.\.\.\)"),
+        ("peak", "'peak' is a reduction of your own"),
         ("score:ema_maxx(0.5)", r"Closest: 'score:ema_max\(alpha\)'"),
         ("scores:max", "Closest: 'score:max'"),
         ("", r"All strategies: last_token, .*score:rolling_max\(window\).*activation:eos"),
@@ -229,6 +231,13 @@ def test_wrong_strategies_say_what_exists(raw: str, text: str) -> None:
     for use in (parse_pooling_strategy, get_pooling_fn, lambda s: resolve_pooling("mean", None, s or 3)):
         with pytest.raises(InputError, match=text.replace("None", "(None|3)")):
             use(raw)
+
+
+def test_only_what_may_be_a_reduction_is_called_one() -> None:
+    for raw in ("activation:peak", "zzz:max", "", "score:a b"):
+        with pytest.raises(InputError, match="All strategies") as caught:
+            parse_pooling_strategy(raw)
+        assert "of your own" not in str(caught.value)
 
 
 def two_arguments(activations: Tensor, attention_mask: Tensor | None) -> Tensor:

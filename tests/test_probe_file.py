@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from hypothesis import strategies as st
 
 from lmprobe_tl import probe_file, probe_spec
 from lmprobe_tl.errors import InputError, ProbeFileError
-from lmprobe_tl.probe_file import load_probe, probe_summary, save_probe
+from lmprobe_tl.probe_file import load_probe, save_probe
+from lmprobe_tl.probe_summary import probe_summary
 from lmprobe_tl.weights import ProbeWeights
 
-GOLDEN = Path(__file__).parent / "data" / "golden_probe.safetensors"
+GOLDEN = Path(__file__).parent / "data" / "golden_probe_2.safetensors"
+GOLDEN_1 = Path(__file__).parent / "data" / "golden_probe.safetensors"  # written with format version 1
 HOOKS = ("blocks.1.hook_resid_post", "blocks.0.hook_resid_post")
 
 
@@ -44,7 +47,28 @@ def golden_probe() -> ProbeWeights:
         residual_basis="any",
         normalization="layernorm",
         pooling=probe_spec.PoolingRecord(train="mean", inference="score:ema_max(0.5)", include_bos=True),
-        threshold=probe_spec.ThresholdRecord(value=0.75, unit="probability", method="pac", fpr=0.01, delta=0.05, n=500),
+        threshold=probe_spec.ThresholdRecord(
+            value=0.75,
+            unit="probability",
+            method="pac",
+            fpr=0.01,
+            delta=0.05,
+            n=500,
+            rank=499,
+            statistic="running maximum of score:ema_max(0.5)",
+            guarantee="At most 1% of new text,\nmostly.",
+        ),
+        probability_calibration=probe_spec.ProbabilityRecord(
+            slope=1.5,
+            intercept=-0.25,
+            n_negative=500,
+            n_positive=20,
+            statistic="running maximum of score:ema_max(0.5)",
+            log_loss_before=0.75,
+            log_loss_after=0.5,
+            brier_before=0.25,
+            brier_after=0.125,
+        ),
         training=probe_spec.TrainingRecord(
             data_sha256="ab" * 32, n_prompts=4, n_examples=40, class_counts=(15, 25), classifier="lda", random_state=7
         ),
@@ -74,6 +98,24 @@ def test_the_golden_file_loads_as_what_was_saved() -> None:
     assert loaded.logits(torch.tensor([1.0, 0.0, 2.0, 0.0])).item() == 1.5
 
 
+def test_the_golden_file_of_version_1_loads_and_what_it_could_not_say_is_none() -> None:
+    loaded, now = load_probe(GOLDEN_1), golden_probe()
+    assert now.threshold is not None
+    threshold = replace(now.threshold, rank=None, statistic=None, guarantee=None)
+    assert loaded.spec == replace(now.spec, threshold=threshold, probability_calibration=None)
+    assert torch.equal(loaded.direction, now.direction) and torch.equal(loaded.intercept, now.intercept)
+    rows = probe_summary(loaded)
+    assert rows["threshold"] == "probability >= 0.75 (method pac, fpr 0.01, delta 0.05, n 500)"
+    assert (rows["guarantee"], rows["probability calibration"]) == ("not recorded", "none")
+
+
+def test_a_file_of_version_1_is_saved_as_version_2(tmp_path: Path) -> None:
+    assert b'\\"format_version\\":1' in GOLDEN_1.read_bytes()
+    path = load_probe(GOLDEN_1).save(tmp_path / "probe.safetensors")
+    assert b'\\"format_version\\":2' in path.read_bytes()
+    assert load_probe(path).spec == load_probe(GOLDEN_1).spec
+
+
 def test_the_golden_file_is_laid_out_as_documented() -> None:
     """Read with the standard library and numpy alone."""
     content = GOLDEN.read_bytes()
@@ -87,14 +129,15 @@ def test_the_golden_file_is_laid_out_as_documented() -> None:
     assert list(header["__metadata__"]) == ["lmprobe_tl"]
     text = header["__metadata__"]["lmprobe_tl"]
     document = json.loads(text)
-    assert (document["format"], document["format_version"]) == ("lmprobe_tl.probe", 1)
+    assert (document["format"], document["format_version"]) == ("lmprobe_tl.probe", 2)
     assert document["spec"]["labels"] == [False, "yes"] and document["spec"]["threshold"]["fpr"] == 0.01
     assert text.isascii() and text == json.dumps(document, sort_keys=True, separators=(",", ":"))
 
 
 def test_another_process_writes_the_same_bytes_and_needs_neither_sklearn_nor_transformers(tmp_path: Path) -> None:
     code = (
-        "import sys, torch; from lmprobe_tl.probe_file import load_probe, probe_summary;"
+        "import sys, torch; from lmprobe_tl.probe_file import load_probe;"
+        "from lmprobe_tl.probe_summary import probe_summary;"
         f"p = load_probe({str(GOLDEN)!r}); p.probabilities(torch.zeros(2, 4)); p.to_raw_basis(); probe_summary(p);"
         "p.save(sys.argv[1]);"
         "print([m for m in ('sklearn', 'transformer_lens', 'transformers', 'torch') if m in sys.modules])"
@@ -111,6 +154,29 @@ printable = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, 
 share = st.floats(0, 1)
 labels = st.lists(st.booleans() | st.integers(-(2**63), 2**63 - 1) | text, min_size=2, max_size=4, unique=True)
 metrics = st.builds(probe_spec.MetricRecord, value=st.floats(-1e300, 1e300), n=st.integers(1, 10**9))
+thresholds = st.builds(
+    probe_spec.ThresholdRecord,
+    value=share,
+    fpr=share,
+    n=st.just(9),
+    rank=st.none() | st.integers(1, 9),
+    statistic=st.none() | text,
+    guarantee=st.none() | text,
+)
+size = st.integers(1, 10**9)
+loss = st.floats(0, 1e300)
+curves = st.builds(
+    probe_spec.ProbabilityRecord,
+    slope=st.floats(1e-300, 1e300),
+    intercept=st.floats(-1e300, 1e300),
+    n_negative=size,
+    n_positive=size,
+    statistic=text,
+    log_loss_before=loss,
+    log_loss_after=loss,
+    brier_before=loss,
+    brier_after=loss,
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -127,9 +193,8 @@ def test_every_probe_survives_the_round_trip(
         d_model=width,
         labels=tuple(chosen),
         model=probe_spec.ModelRecord(id=data.draw(text)),
-        threshold=data.draw(st.none() | st.builds(probe_spec.ThresholdRecord, value=share, fpr=share))
-        if len(chosen) == 2
-        else None,
+        threshold=data.draw(st.none() | thresholds) if len(chosen) == 2 else None,
+        probability_calibration=data.draw(st.none() | curves) if len(chosen) == 2 else None,
         metrics=data.draw(st.dictionaries(text, metrics, max_size=3)),
         versions=data.draw(st.dictionaries(text, text, max_size=3)),
     )
@@ -276,7 +341,11 @@ def test_the_summary_has_a_readable_row_for_everything() -> None:
         "tokenizer": "fingerprint t1, prepend bos False, chat template fingerprint ct",
         "residual basis": "any (normalization: layernorm)",
         "pooling": "train mean, inference score:ema_max(0.5), include bos True",
-        "threshold": "probability >= 0.75 (method pac, fpr 0.01, delta 0.05, n 500)",
+        "threshold": "probability >= 0.75 (method pac, fpr 0.01, delta 0.05, n 500, rank 499, "
+        "statistic running maximum of score:ema_max(0.5))",
+        "guarantee": "At most 1% of new text,\\nmostly.",
+        "probability calibration": "sigmoid(1.5 z -0.25), z the logit of the running maximum of score:ema_max(0.5) "
+        "(500 negative and 20 positive sequences, log loss 0.75 before and 0.5 after)",
         "training": f"data sha256 {'ab' * 32}, n prompts 4, n examples 40, class counts [15, 25], classifier lda, "
         "random state 7",
         "metric accuracy": "1 (n 3)",
@@ -296,3 +365,4 @@ def test_the_summary_says_what_was_not_recorded_and_sends_no_command_to_the_term
     assert [rows[key] for key in ("description", "model", "threshold", "training", "versions", "licence")] == [
         "none", "not recorded", "none", "not recorded", "not recorded", "not stated",
     ]  # fmt: skip
+    assert (rows["guarantee"], rows["probability calibration"]) == ("not recorded", "none")

@@ -23,12 +23,15 @@ from lmprobe_tl.errors import ProbeFileError
 from lmprobe_tl.probe_file import load_probe
 from lmprobe_tl.weights import ProbeWeights
 
-GOLDEN = Path(__file__).parent / "data" / "golden_probe.safetensors"
+GOLDEN = Path(__file__).parent / "data" / "golden_probe_2.safetensors"
+GOLDEN_1 = Path(__file__).parent / "data" / "golden_probe.safetensors"
 GOLDEN_BYTES = GOLDEN.read_bytes()
 
 
-def document_of(change: Callable[[dict[str, Any]], Any]) -> str:
-    document: dict[str, Any] = {"format": "lmprobe_tl.probe", "format_version": 1, "spec": load_probe(GOLDEN).spec.to_dict()}
+def document_of(change: Callable[[dict[str, Any]], Any], golden: Path = GOLDEN) -> str:
+    content = golden.read_bytes()
+    (n_bytes,) = struct.unpack("<Q", content[:8])
+    document = json.loads(json.loads(content[8 : 8 + n_bytes])["__metadata__"]["lmprobe_tl"])
     change(document)
     return json.dumps(document)
 
@@ -48,6 +51,11 @@ def raw_file(header: str | bytes, data: bytes = b"") -> bytes:
 
 def with_document(change: Callable[[dict[str, Any]], Any]) -> bytes:
     return file_with({"lmprobe_tl": document_of(change)})
+
+
+def with_document_1(change: Callable[[dict[str, Any]], Any]) -> bytes:
+    """The same in format version 1."""
+    return file_with({"lmprobe_tl": document_of(change, GOLDEN_1)})
 
 
 def with_header(change: Callable[[dict[str, Any]], Any]) -> bytes:
@@ -106,14 +114,60 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "JSON long integer": (metadata_text('{"format":' + "9" * 9999 + "}"), "not valid JSON"),
     "NaN": (with_document(lambda d: d["spec"]["threshold"].update(value=nan)), "'lmprobe_tl' holds NaN"),
     "Infinity": (with_document(lambda d: d["spec"].update(d_model=-float("inf"))), "'lmprobe_tl' holds -Infinity"),
-    "1e999": (metadata_text(INNER.replace("0.75", "1e999")), "threshold.value is inf; expected a finite number"),
+    "1e999": (
+        metadata_text(INNER.replace('"value": 0.75', '"value": 1e999')),
+        "threshold.value is inf; expected a finite number",
+    ),
+    "rank beyond n": (
+        with_document(lambda d: d["spec"]["threshold"].update(rank=501)),
+        r"threshold.rank is 501; .*1 to n, 500",
+    ),
+    "falling curve": (
+        with_document(lambda d: d["spec"]["probability_calibration"].update(slope=-1)),
+        r"probability_calibration.slope is -1.0; expected a number above 0",
+    ),
+    "no rank in version 2": (with_document(lambda d: d["spec"]["threshold"].pop("rank")), "threshold.rank is missing"),
+    "no curve in version 2": (
+        with_document(lambda d: d["spec"].pop("probability_calibration")),
+        "probability_calibration is missing",
+    ),
+    "version 1 with a newer key": (
+        with_document_1(lambda d: d["spec"].update(probability_calibration=None)),
+        "'probability_calibration' is an unknown key in a file of format version 1",
+    ),
+    "version 1 with a newer key of the threshold": (
+        with_document_1(lambda d: d["spec"]["threshold"].update(guarantee="all is well")),
+        "'guarantee' is an unknown key in a file of format version 1",
+    ),
+    "version 2 that says 1": (
+        with_document(lambda d: d.update(format_version=1)),
+        "unknown key in a file of format version 1",
+    ),
+    "version 1 that says 2": (with_document_1(lambda d: d.update(format_version=2)), "probability_calibration is missing"),
+    "version 1, unknown key": (with_document_1(lambda d: d["spec"].update(hook=1)), r"'hook' \(value 1\) is an unknown key"),
+    "version 1, missing key": (with_document_1(lambda d: d["spec"].pop("licence")), "licence is missing"),
+    "version 1, no threshold": (with_document_1(lambda d: d["spec"].pop("threshold")), "threshold is missing"),
+    "version 1, bad threshold": (
+        with_document_1(lambda d: d["spec"].update(threshold=[1])),
+        r"threshold is \[1\]; expected",
+    ),
+    "version 1, spec a list": (with_document_1(lambda d: d.update(spec=[])), r"ProbeSpec is \[\]; expected a dictionary"),
     "key twice": (metadata_text(SPEC_KEY_TWICE), "'lmprobe_tl' has the key 'name' twice"),
     "format": (with_document(lambda d: d.update(format="sae")), "its format is 'sae'; expected 'lmprobe_tl.probe'"),
     "no format": (with_document(lambda d: d.pop("format")), "its format is None"),
-    "newer": (with_document(lambda d: d.update(format_version=2)), "written by a newer lmprobe_tl .*version 2.*upgrade"),
-    "version 0": (with_document(lambda d: d.update(format_version=0)), "format_version is 0; expected 1"),
-    "version True": (with_document(lambda d: d.update(format_version=True)), "format_version is True; expected 1"),
-    "version text": (with_document(lambda d: d.update(format_version="9")), "format_version is '9'; expected 1"),
+    "newer": (with_document(lambda d: d.update(format_version=3)), "written by a newer lmprobe_tl .*version 3.*upgrade"),
+    "version 0": (
+        with_document(lambda d: d.update(format_version=0)),
+        "format_version is 0; expected a whole number from 1 to 2",
+    ),
+    "version True": (
+        with_document(lambda d: d.update(format_version=True)),
+        "format_version is True; expected a whole number",
+    ),
+    "version text": (
+        with_document(lambda d: d.update(format_version="9")),
+        "format_version is '9'; expected a whole number",
+    ),
     "no spec": (with_document(lambda d: d.pop("spec")), r"its keys are \['format', 'format_version'\]"),
     "extra key": (with_document(lambda d: d.update(code="x")), r"its keys are \['code',"),
     "spec a list": (with_document(lambda d: d.update(spec=[])), r"ProbeSpec is \[\]; expected a dictionary"),
@@ -131,7 +185,9 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "flat direction": (file_with(direction=torch.ones(4)), r"'probe.direction' has shape \[4\]; expected \[1, 4\]"),
     "intercept shape": (file_with(intercept=torch.ones(2)), r"'probe.intercept' has shape \[2\]; expected \[1\]"),
     "third label": (
-        with_document(lambda d: d["spec"].update(labels=[0, 1, 2], threshold=None, training=None)),
+        with_document(
+            lambda d: d["spec"].update(labels=[0, 1, 2], threshold=None, training=None, probability_calibration=None)
+        ),
         r"'probe.direction' has shape \[1, 4\]; expected \[3, 4\], from 3 labels, 2 hook points and d_model 2",
     ),
     "float64": (file_with(direction=torch.ones(1, 4, dtype=torch.float64)), "has dtype 'F64'; expected 'F32'"),
@@ -171,6 +227,10 @@ def test_the_hostile_files_differ_from_a_good_one_only_where_they_say(tmp_path: 
     for content in (file_with(), with_document(lambda d: None), with_header(lambda h: None), metadata_text(INNER)):
         (tmp_path / "probe.safetensors").write_bytes(content)
         assert load_probe(tmp_path / "probe.safetensors").spec == load_probe(GOLDEN).spec
+    (tmp_path / "probe.safetensors").write_bytes(with_document_1(lambda d: None))
+    assert load_probe(tmp_path / "probe.safetensors").spec == load_probe(GOLDEN_1).spec
+    (tmp_path / "probe.safetensors").write_bytes(with_document_1(lambda d: d["spec"].update(threshold=None)))
+    assert load_probe(tmp_path / "probe.safetensors").threshold is None
 
 
 @pytest.mark.parametrize("n_bytes", [896, 1152, 1408])
@@ -188,12 +248,12 @@ def test_a_header_length_that_looks_like_a_pickle_still_loads(tmp_path: Path, n_
 
 
 @settings(deadline=None, max_examples=150)
-@given(position=st.integers(0, len(GOLDEN_BYTES) - 1), byte=st.integers(0, 255))
+@given(golden=st.sampled_from([GOLDEN, GOLDEN_1]), position=st.integers(0), byte=st.integers(0, 255))
 def test_a_changed_byte_gives_a_probe_or_a_probe_file_error(
-    tmp_path_factory: pytest.TempPathFactory, position: int, byte: int
+    tmp_path_factory: pytest.TempPathFactory, golden: Path, position: int, byte: int
 ) -> None:
-    content = bytearray(GOLDEN_BYTES)
-    content[position] = byte
+    content = bytearray(golden.read_bytes())
+    content[position % len(content)] = byte
     path = tmp_path_factory.getbasetemp() / "changed.safetensors"
     path.write_bytes(content)
     with suppress(ProbeFileError):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmprobe_tl.errors import InputError, ProbeFileError
-from lmprobe_tl.probe_spec import MetricRecord, ModelRecord, ProbeSpec, ThresholdRecord, TrainingRecord
+from lmprobe_tl.probe_spec import MetricRecord, ModelRecord, ProbabilityRecord, ProbeSpec, ThresholdRecord, TrainingRecord
 
 HOOKS = ("blocks.3.hook_resid_post", "blocks.1.hook_resid_post")
 WIDTH = 6
@@ -21,7 +21,28 @@ GOOD_TRAINING: dict[str, Any] = {
     "random_state": None,
 }
 GOOD_METRIC: dict[str, Any] = {"value": 0.9, "low": 0.8, "high": 0.95, "confidence": 0.95, "n": 10}
-GOOD_THRESHOLD: dict[str, Any] = {"value": 0.5, "unit": "probability", "method": "m", "fpr": None, "delta": None, "n": None}
+GOOD_THRESHOLD: dict[str, Any] = {
+    "value": 0.5,
+    "unit": "probability",
+    "method": "m",
+    "fpr": None,
+    "delta": None,
+    "n": None,
+    "rank": None,
+    "statistic": None,
+    "guarantee": None,
+}
+GOOD_CURVE: dict[str, Any] = {
+    "slope": 1.5,
+    "intercept": -1,
+    "n_negative": 5,
+    "n_positive": 1,
+    "statistic": "running maximum",
+    "log_loss_before": 0.7,
+    "log_loss_after": 0.5,
+    "brier_before": 0.2,
+    "brier_after": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +99,20 @@ GOOD_THRESHOLD: dict[str, Any] = {"value": 0.5, "unit": "probability", "method":
             "threshold.'surprise' .value 'x'. is an unknown key; expected value",
         ),
         ({"threshold": GOOD_THRESHOLD, "labels": [0, 1, 2]}, "expected None, since 3 classes give more than one score"),
+        ({"threshold": {**GOOD_THRESHOLD, "rank": 1}}, "threshold.rank is 1; expected None, or a number from 1 to n, None"),
+        ({"threshold": {**GOOD_THRESHOLD, "rank": 0, "n": 5}}, "threshold.rank is 0; .*a number from 1 to n, 5"),
+        ({"threshold": {**GOOD_THRESHOLD, "rank": 6, "n": 5}}, "threshold.rank is 6; .*a number from 1 to n, 5"),
+        ({"threshold": {**GOOD_THRESHOLD, "guarantee": 3}}, "threshold.guarantee is 3; expected text"),
+        ({"threshold": {**GOOD_THRESHOLD, "statistic": True}}, "threshold.statistic is True; expected text"),
+        (
+            {"probability_calibration": {**GOOD_CURVE, "slope": 0}},
+            "probability_calibration.slope is 0.0; .*a number above 0",
+        ),
+        ({"probability_calibration": {**GOOD_CURVE, "n_positive": 0}}, "n_positive is 0; expected at least 1"),
+        ({"probability_calibration": {**GOOD_CURVE, "n_negative": 0}}, "n_negative is 0; expected at least 1"),
+        ({"probability_calibration": {**GOOD_CURVE, "brier_after": -0.1}}, "brier_after is -0.1; expected 0 or more"),
+        ({"probability_calibration": {**GOOD_CURVE, "intercept": None}}, "intercept is None; expected a finite number"),
+        ({"probability_calibration": GOOD_CURVE, "labels": [0, 1, 2]}, "expected None, since 3 classes give more than one"),
         ({"training": {**GOOD_TRAINING, "data_sha256": "F" * 64}}, "training.data_sha256 is 'FFF.*64 lower-case hex digits"),
         ({"training": {**GOOD_TRAINING, "n_prompts": 0}}, "training.n_prompts is 0"),
         ({"training": {**GOOD_TRAINING, "n_examples": 0}}, "training.n_examples is 0"),
@@ -105,9 +140,11 @@ def test_a_bad_field_is_named_with_its_value_by_hand_and_from_a_dictionary(chang
 
 def test_a_good_spec_passes_with_each_record() -> None:
     given_records = {"training": GOOD_TRAINING, "metrics": {"auroc": GOOD_METRIC}, "threshold": GOOD_THRESHOLD}
+    given_records["probability_calibration"] = GOOD_CURVE
     spec = ProbeSpec(name="p", hook_points=HOOKS, d_model=WIDTH, model=ModelRecord(id="gpt2"), **given_records)  # type: ignore
     assert spec.training == TrainingRecord(**GOOD_TRAINING) and spec.metrics["auroc"] == MetricRecord(**GOOD_METRIC)
     assert spec.threshold == ThresholdRecord(**GOOD_THRESHOLD)
+    assert spec.probability_calibration == ProbabilityRecord(**GOOD_CURVE)
 
 
 @pytest.mark.parametrize(

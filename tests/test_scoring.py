@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import torch
 from conftest import Tiny
 from live_reference import BOS, PAD, assert_same, encode, expected_running, features_of, make_probe
+from torch import Tensor
 
 from lmprobe_tl.errors import EmptyMaskError, IncompatibleProbeError, InputError, PromptTooLongError
 from lmprobe_tl.probe_file import load_probe
-from lmprobe_tl.scoring import PromptScores, score_prompts
+from lmprobe_tl.scoring import PromptScores, score_prompts, sequence_maxima
 from lmprobe_tl.tokens import tokenizer_record
 from lmprobe_tl.weights import ProbeWeights
 
@@ -163,6 +165,41 @@ def test_bad_requests_fail_before_the_model_runs(gpt2: Tiny) -> None:
     finally:
         handle.remove()
     assert not ran
+
+
+@pytest.mark.parametrize("inference", ["score:max", "score:mean", "score:ema_max(0.5)"])
+@pytest.mark.parametrize("unit", ["probability", "logit"])
+def test_a_score_that_equals_the_threshold_is_flagged_and_the_next_one_down_is_not(
+    llama: Tiny, inference: str, unit: Any
+) -> None:
+    """Compared in the threshold's own unit, to the last bit."""
+    probe = make_probe(inference=inference)
+    maxima = sequence_maxima(
+        llama.bridge, PROMPTS, probe, unit=unit
+    )  # of these reductions but the mean the final score, too
+    chosen = maxima[4] if inference != "score:mean" else final_score(llama, probe, unit)
+    at = score_prompts(llama.bridge, PROMPTS, probe.with_threshold(float(chosen), unit))["p"].flagged
+    above = float(np.nextafter(np.float32(chosen), np.float32(9e9)))
+    over = score_prompts(llama.bridge, PROMPTS, probe.with_threshold(above, unit))["p"].flagged
+    assert at is not None and over is not None and at.dtype == torch.bool
+    assert at[4] and not over[4]
+    assert 0 < over.sum() < at.sum() < len(PROMPTS)
+
+
+def final_score(tiny: Tiny, probe: ProbeWeights, unit: str) -> Tensor:
+    scores = score_prompts(tiny.bridge, PROMPTS, probe)["p"].scores[4]
+    return scores if unit == "probability" else scores.double().logit().float()
+
+
+def test_a_default_threshold_flags_at_one_half_and_several_classes_have_no_flags(llama: Tiny) -> None:
+    centre = score_prompts(llama.bridge, PROMPTS, make_probe(inference="mean"))["p"].scores.median().logit()
+    probe = make_probe(inference="mean")
+    probes = [replace(probe, intercept=probe.intercept - centre), make_probe("classes", n_classes=3, inference="score:mean")]
+    found = score_prompts(llama.bridge, PROMPTS, probes)
+    flagged = found["p"].flagged
+    assert flagged is not None and torch.equal(flagged, found["p"].scores >= 0.5)
+    assert 0 < flagged.sum() < len(PROMPTS)
+    assert found["classes"].flagged is None
 
 
 SMALL_MODEL = """

@@ -14,9 +14,11 @@ from live_reference import make_probe
 from torch import Tensor
 
 from lmprobe_tl.errors import IncompatibleProbeError, InputError
+from lmprobe_tl.live_reduction import live_reduction
 from lmprobe_tl.pooling import reduce_scores
 from lmprobe_tl.reductions import make_online
-from lmprobe_tl.scoring_plan import ScoringPlan, live_reduction, threshold_logit, threshold_of
+from lmprobe_tl.scoring_plan import ScoringPlan
+from lmprobe_tl.watches import threshold_logit, threshold_of
 
 HOOKS = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(4))
 
@@ -48,7 +50,7 @@ def test_the_plan_gives_each_probe_its_own_logits(wanted: list[Any], dtype: torc
 def running_of(plan: ScoringPlan, name: str, logits: Tensor) -> Tensor:
     """Values of a probe's online reduction and its running scores, from logits [pos columns]."""
     group = plan.group_of(name)
-    online = make_online(group.reduction.name, group.reduction.parameter, 1, len(group.columns))
+    online = make_online(group.reduction.name, group.reduction.parameter, 1, group.n_columns)
     return online.update(group.enter(logits[None, :, group.columns]), torch.ones(1, len(logits), dtype=torch.bool))[0]
 
 
@@ -91,15 +93,17 @@ def test_a_threshold_is_reached_from_itself_upwards(inference: str, unit: str) -
         as_run = torch.logit(values.double()).float()
     elif not runs_on_logits and unit == "logit":
         as_run = values.double().sigmoid().float()
-    found = plan.thresholds.reached(as_run[:, None].expand(-1, plan.n_columns))
-    assert not found[:, 1:].any()  # three classes have no threshold
+    assert [line.probe for line in plan.watches.lines] == ["p"]  # three classes have no threshold
+    assert plan.watches.columns.tolist() == [plan.columns["p"].start]
+    found = as_run[:, None] >= plan.watches.values
     others = [at for at in range(41) if at != 20]
     assert found[others, 0].tolist() == [at > 20 for at in others]
     torch.testing.assert_close(reduction.in_unit(as_run, unit), values, rtol=1e-5, atol=1e-6)
     shown = float(reduction.in_unit(as_run[20:21], unit))
     exact = ScoringPlan([make_probe(inference=inference).with_threshold(shown, unit=unit)])
-    assert exact.thresholds.reached(as_run[20:21, None]).all()
-    assert not exact.thresholds.reached(torch.tensor([[math.nan]])).any()
+    assert (as_run[20] >= exact.watches.values).all()
+    below = torch.nextafter(as_run[20], torch.tensor(-math.inf))
+    assert (below >= exact.watches.values).tolist() == [float(reduction.in_unit(below, unit)) >= shown]
 
 
 def test_the_last_bit_of_a_score_does_not_depend_on_its_neighbours() -> None:

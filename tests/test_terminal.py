@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lmprobe_tl.colours import score_colour
-from lmprobe_tl.live_events import TokenEvent
+from lmprobe_tl.live_records import TokenEvent
 from lmprobe_tl.terminal import CLOSE_MARK, OPEN_MARK, TokenPrinter
 from lmprobe_tl.token_text import TokenText
 from lmprobe_tl.weights import ProbeWeights

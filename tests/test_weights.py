@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmprobe_tl.calibration import Calibration
 from lmprobe_tl.errors import IncompatibleProbeError, InputError
-from lmprobe_tl.probe_spec import MetricRecord, ProbeSpec, ThresholdRecord
+from lmprobe_tl.probe_spec import MetricRecord, ProbabilityRecord, ProbeSpec, ThresholdRecord
 from lmprobe_tl.weights import ProbeWeights
 
 HOOKS = ("blocks.3.hook_resid_post", "blocks.1.hook_resid_post")
@@ -183,6 +185,30 @@ def test_copies_change_one_thing_only() -> None:
     assert torch.equal(changed.direction, probe.direction) and torch.equal(changed.intercept, probe.intercept)
     assert (probe.name, probe.threshold, dict(probe.spec.metrics)) == ("deceit", None, {})
     assert dict(changed.with_metrics({}).spec.metrics) == {}
+
+
+def test_a_calibration_brings_its_threshold_recall_and_curve_and_takes_the_old_ones_away() -> None:
+    one = MetricRecord(value=0.9, n=10)
+    probe = make_probe(description="kept").with_metrics({"auroc": one, "live_lead_median": one})
+    curve = ProbabilityRecord(
+        slope=2.0, intercept=-1.0, n_negative=9, n_positive=3, statistic="s",
+        log_loss_before=1, log_loss_after=0.5, brier_before=0.2, brier_after=0.1,
+    )  # fmt: skip
+    threshold = ThresholdRecord(value=2.5, unit="logit", method="pac", fpr=0.01, delta=0.05, n=500, rank=499)
+    full = probe.with_calibration(Calibration(threshold, one, curve))
+    assert (full.threshold, full.spec.probability_calibration, full.spec.description) == (threshold, curve, "kept")
+    assert dict(full.spec.metrics) == {"auroc": one, "recall_at_fpr": one}
+    assert torch.equal(full.direction, probe.direction) and probe.threshold is None
+    other = full.with_calibration(Calibration(threshold))
+    assert other.spec.probability_calibration is None and dict(other.spec.metrics) == {"auroc": one}
+    manual = full.with_threshold(0.5)
+    assert manual.spec.probability_calibration == curve and dict(manual.spec.metrics) == {"auroc": one}
+    assert pickle.loads(pickle.dumps(full)).spec == full.spec
+    # a float32 probability that was rounded to 0 or 1 counts as it did in the fit
+    flat = probe.with_calibration(Calibration(threshold, one, dataclasses.replace(curve, slope=0.01, intercept=0.0)))
+    ends = 1 / (1 + 2 ** (150 * 0.01)), 1 / (1 + (2**25 - 1) ** -0.01)
+    assert flat.calibrated_probabilities([-math.inf, math.inf]).tolist() == pytest.approx(ends)
+    assert full.calibrated_probabilities(torch.tensor([0.5, 3.0])).tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-5))])
 
 
 def test_repr_says_what_matters_and_prints_no_numbers_of_the_direction() -> None:

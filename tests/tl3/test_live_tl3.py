@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -206,7 +208,7 @@ def test_a_soft_cap_on_the_logits_does_not_hinder_a_stop(hooked: Tiny, monkeypat
 
 def test_hooked_transformers_own_generate_would_pass_over_the_criteria_so_they_are_refused(hooked: Tiny) -> None:
     with (
-        pytest.raises(InputError, match=r"no argument stopping_criteria.*Use monitored_generate\(\.\.\., stop=True\)"),
+        pytest.raises(InputError, match=r"no argument stopping_criteria.* end rows by an EOS token with stop=True"),
         attach_probes(hooked.model, make_probe()) as monitor,
     ):
         hooked.model.generate("cats", stopping_criteria=monitor.stopping_criteria(), **GREEDY)
@@ -224,10 +226,41 @@ def test_a_stop_needs_a_probe_with_two_classes(tiny: Tiny) -> None:
 def test_a_stop_without_any_end_token_is_refused(hooked: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooked.model, "tokenizer", None)
     prompt = torch.tensor([5, 6, 7])
-    with pytest.raises(InputError, match=r"stop=True, but .* no end token .* Pass stop=False"):
+    with pytest.raises(InputError, match=r"where the model has none, pass attach_probes\(\.\.\., eos_token_id"):
         generate(hooked, make_probe(), [prompt], stop=True)
     (result,) = generate(hooked, make_probe(), [prompt])
     assert (result.stopped_by, len(result.tokens)) == ("max_new_tokens", 3 + NEW)
+
+
+@pytest.mark.parametrize("way", ["generate", "generate without cache", "stream"])
+def test_a_stop_works_in_the_models_own_ways_to_generate(hooked: Tiny, way: str) -> None:
+    row = hooked.encode("cats")
+    free = WAYS[way](hooked, torch.tensor([row]))[0].tolist()
+    probe, at = new_maximum(hooked, free, first=len(row) + 1)
+    crossings: list[Any] = []
+    with attach_probes(hooked.model, probe, stop=True, on_crossing=crossings.append) as monitor:
+        output = ENDED_WAYS[way](hooked, torch.tensor([row]))[0].tolist()
+    assert output == [*free[: at + 1], hooked.model.tokenizer.eos_token_id]
+    assert_monitor(hooked, monitor, [free[: at + 1]], [probe])
+    assert [(alarm.position, alarm.row) for alarm in crossings] == [(at, 0)]
+
+
+def new_maximum(tiny: Tiny, ids: Sequence[int], first: int) -> tuple[ProbeWeights, int]:
+    """A probe with a logit above all before it at a position from `first` on, and a threshold just below; the position."""
+    for seed in range(50):
+        logits = expected_logits(tiny, ids, make_probe(seed=seed))
+        for at in range(first, len(ids) - 2):
+            before = max(logits[1:at])  # BOS does not count
+            if logits[at] > before + 0.05:
+                return make_probe(seed=seed).with_threshold((before + logits[at]) / 2, unit="logit"), at
+    raise AssertionError("no seed gives such a probe")
+
+
+def test_the_token_that_crossed_can_be_left_out(tiny: Tiny) -> None:
+    probe, row = crossing_probe(tiny, generate(tiny, make_probe()))
+    kept, cut = generate(tiny, probe, stop=True)[row], generate(tiny, probe, stop=True, keep_crossing=False)[row]
+    assert cut.tokens.tolist() == kept.tokens.tolist()[:-1]
+    assert kept.stopped_by == cut.stopped_by == "p"
 
 
 # --- the model's own ways to run ---------------------------------------------------------------------------------------
@@ -244,8 +277,10 @@ def stepwise(tiny: Tiny, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([tokens, logits[:, -1:].argmax(dim=-1)], dim=1)
 
 
-def stream(tiny: Tiny, tokens: torch.Tensor) -> torch.Tensor:
-    pieces = tiny.model.generate_stream(tokens, max_new_tokens=NEW, max_tokens_per_yield=2, stop_at_eos=False, **GREEDY)
+def stream(tiny: Tiny, tokens: torch.Tensor, *, stop_at_eos: bool) -> torch.Tensor:
+    pieces = tiny.model.generate_stream(
+        tokens, max_new_tokens=NEW, max_tokens_per_yield=2, stop_at_eos=stop_at_eos, **GREEDY
+    )
     return torch.cat(list(pieces), dim=1)
 
 
@@ -253,8 +288,15 @@ OPTIONS = {"max_new_tokens": NEW, "stop_at_eos": False, "return_type": "tokens"}
 WAYS: dict[str, Callable[[Tiny, torch.Tensor], torch.Tensor]] = {
     "generate": lambda tiny, tokens: tiny.model.generate(tokens, **OPTIONS),
     "generate without cache": lambda tiny, tokens: tiny.model.generate(tokens, use_past_kv_cache=False, **OPTIONS),
-    "stream": stream,
+    "stream": partial(stream, stop_at_eos=False),
     "stepwise": stepwise,
+}
+# The same, ended by EOS.
+ENDED: dict[str, Any] = OPTIONS | {"stop_at_eos": True}
+ENDED_WAYS: dict[str, Callable[[Tiny, torch.Tensor], torch.Tensor]] = {
+    "generate": lambda tiny, tokens: tiny.model.generate(tokens, **ENDED),
+    "generate without cache": lambda tiny, tokens: tiny.model.generate(tokens, use_past_kv_cache=False, **ENDED),
+    "stream": partial(stream, stop_at_eos=True),
 }
 
 
@@ -282,6 +324,55 @@ def test_one_generation_after_another_is_a_new_run(hooked: Tiny) -> None:
             output = hooked.model.generate(torch.tensor([hooked.encode("cats")]), use_past_kv_cache=cache, **OPTIONS)
             assert_monitor(hooked, monitor, output[:, :-1].tolist(), some_probes())
     assert len(monitor.runs) == 8
+
+
+def test_generations_that_take_turns_are_known_by_their_caches(hooked: Tiny) -> None:
+    rows = [hooked.encode("the model reads every word"), hooked.encode("cats dogs rain sun music")]
+    caches = [cache_of(hooked), cache_of(hooked)]
+    with attach_probes(hooked.model, some_probes(), eos_token_id=[]) as monitor, torch.no_grad():
+        for start, end in ((0, 3), (3, 4), (4, 6)):
+            for row, cache in zip(rows, caches, strict=True):
+                chunk = torch.tensor([row[start:end]])
+                hooked.model(chunk, past_kv_cache=cache, attention_mask=torch.ones_like(chunk))
+    for run, row in zip(monitor.runs, rows, strict=True):
+        assert_monitor(hooked, run, [row], some_probes())
+
+
+def test_a_pass_of_another_thread_does_not_come_between(hooked: Tiny) -> None:
+    """One thread embeds its tokens and waits before its first block; meanwhile another one runs through."""
+    rows = [hooked.encode("the model reads"), hooked.encode("cats dogs rain")]
+    embedded, passed = threading.Event(), threading.Event()
+
+    def wait(activations: torch.Tensor, hook: Any) -> None:
+        if threading.current_thread() is first:
+            embedded.set()
+            assert passed.wait(timeout=30)
+
+    def run_first() -> None:
+        with torch.no_grad():
+            hooked.model(torch.tensor([rows[0]]))
+
+    first = threading.Thread(target=run_first)
+    with hooked.model.hooks(fwd_hooks=[("hook_embed", wait)]), attach_probes(hooked.model, some_probes()) as monitor:
+        first.start()
+        assert embedded.wait(timeout=30)
+        with torch.no_grad():
+            hooked.model(torch.tensor([rows[1]]))
+        passed.set()
+        first.join()
+    assert_monitor(hooked, monitor.runs[0], [rows[1]], some_probes())
+    assert_monitor(hooked, monitor.runs[1], [rows[0]], some_probes())
+
+
+def test_hooks_that_were_reset_inside_the_block_are_an_error(hooked: Tiny) -> None:
+    tokens = torch.tensor([hooked.encode("cats")])
+
+    def reset_and_go_on() -> None:
+        hooked.model.reset_hooks()
+        hooked.model.generate(tokens, **GREEDY)
+
+    with pytest.raises(MonitorError, match="were removed"), attach_probes(hooked.model, make_probe()):
+        reset_and_go_on()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -443,12 +534,11 @@ def test_a_hook_point_replaced_inside_the_block_is_an_error(hooked: Tiny) -> Non
         replace()
         model.generate(tokens, **OPTIONS)
 
-    unfinished = "the last forward pass did not reach all hook points"
-    ways = {never: "never fired", in_a_second_run: unfinished, in_the_next_step: unfinished, in_a_generation: "never scored"}
-    for run, message in ways.items():
+    message = "did not fire in a forward pass.* after anything that replaces hook points"
+    for run in (never, in_a_second_run, in_the_next_step, in_a_generation):
         try:
             with (
-                pytest.raises(MonitorError, match=f"{message}.* after anything that replaces hook points"),
+                pytest.raises(ProbeNeverFiredError, match=message),
                 attach_probes(model, make_probe()),
             ):
                 run()

@@ -16,7 +16,7 @@ from sae_lens.saes.sae import SAEMetadata
 from tiny_models import D_MODEL
 
 from lmprobe_tl import attach_probes, extract_activations, monitored_generate, score_prompts
-from lmprobe_tl.errors import IncompatibleProbeError, MonitorError, UnknownHookPointError
+from lmprobe_tl.errors import IncompatibleProbeError, ProbeNeverFiredError, UnknownHookPointError
 
 HERE, BELOW, ABOVE = "blocks.2.hook_resid_post", "blocks.1.hook_resid_post", "blocks.3.hook_resid_post"
 TOKENS = torch.tensor([[0, 5, 6, 7, 8]])
@@ -86,11 +86,11 @@ def test_an_sae_put_in_place_while_a_probe_is_attached_is_an_error(model: Any) -
         model.add_sae(sae)
         model.generate(TOKENS, max_new_tokens=3, verbose=False)
 
-    never = rf"hook points \['{HERE}'\] never fired"
-    unfinished = "the last forward pass did not reach all hook points"
-    for run, message in {for_one_pass: never, for_a_later_pass: unfinished, for_good: "never scored"}.items():
-        with pytest.raises(MonitorError, match=f"{message}.*an SAE"), attach_probes(model, probes):
+    message = rf"hook points \['{HERE}'\] did not fire in a forward pass, so probes \['p'\] saw no activation of it.*an SAE"
+    for run in (for_one_pass, for_a_later_pass, for_good):
+        with pytest.raises(ProbeNeverFiredError, match=message), attach_probes(model, probes):
             run()
+        model.reset_saes()
 
 
 def test_a_probe_below_an_sae_is_not_touched_and_one_above_reads_what_comes_out_of_it(tiny: Tiny) -> None:

@@ -1,0 +1,1 @@
+"""Measurements: commands that print and keep the numbers that the documents quote."""

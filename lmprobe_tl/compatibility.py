@@ -1,0 +1,104 @@
+"""Which probes can score which model: probes as users give them, and the checks before anything runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmprobe_tl.errors import IncompatibleProbeError, InputError, ModelMismatchWarning
+from lmprobe_tl.hook_points import layer_count, model_record, unknown_hook_point, width
+from lmprobe_tl.probe_file import load_probe
+from lmprobe_tl.tokens import tokenizer_record
+from lmprobe_tl.weights import SUM_TOLERANCE, ProbeWeights
+
+
+def as_probes(probes: Any) -> list[ProbeWeights]:
+    """One probe or a list of them, as `ProbeWeights` for the raw residual stream, under distinct names."""
+    listed = list(probes) if isinstance(probes, (list, tuple)) else [probes]
+    if not listed:
+        raise InputError("no probe to attach: the list is empty.")
+    loaded = [as_weights(probe).to_raw_basis() for probe in listed]
+    names = [weights.name for weights in loaded]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(
+            f"two probes are named {repeated[0]!r}, and the name is the key of the scores; use weights.renamed(...)."
+        )
+    return loaded
+
+
+def as_weights(probe: Any) -> ProbeWeights:
+    """The ProbeWeights of a probe given as such, as a fitted estimator, or as the path of its file."""
+    if isinstance(probe, ProbeWeights):
+        return probe
+    if isinstance(probe, (str, Path)):
+        return load_probe(probe)
+    if hasattr(probe, "to_weights"):
+        return probe.to_weights()
+    raise InputError(
+        f"{type(probe).__name__} is no probe; expected ProbeWeights, a fitted Probe, or the path of a probe file."
+    )
+
+
+def recorded_prepend_bos(probes: Sequence[ProbeWeights]) -> bool | None:
+    """Whether the probes were trained with BOS prepended, None where they do not say; InputError where they differ."""
+    recorded = {weights.spec.tokenizer.prepend_bos for weights in probes if weights.spec.tokenizer.fingerprint is not None}
+    if len(recorded) > 1:
+        raise InputError(
+            "some of the probes were trained with a BOS token and some without; run them apart, or pass prepend_bos."
+        )
+    return recorded.pop() if recorded else None
+
+
+def check_compatible(model: Any, weights: ProbeWeights, *, strict: bool = False) -> None:
+    """Raise where a probe cannot score this model; warn, or raise if `strict`, where it was made with another one."""
+    spec = weights.spec
+    for hook_name in spec.hook_points:
+        if hook_name not in model.hook_dict:
+            raise IncompatibleProbeError(f"probe {spec.name!r} cannot be attached: {unknown_hook_point(model, hook_name)}")
+    if spec.d_model != width(model):
+        raise IncompatibleProbeError(
+            f"probe {spec.name!r} expects d_model {spec.d_model}, but this model has {width(model)}. It was trained on "
+            f"{spec.model.id if spec.model else 'another model'!r}; load that model."
+        )
+    if spec.n_layers is not None and spec.n_layers != layer_count(model):
+        raise IncompatibleProbeError(
+            f"probe {spec.name!r} was trained on a model of {spec.n_layers} layers, but this one has {layer_count(model)}."
+        )
+    for difference in _differences(model, weights):
+        if strict:
+            raise IncompatibleProbeError(f"probe {spec.name!r}: {difference}")
+        warnings.warn(
+            f"probe {spec.name!r}: {difference} Its scores may mean something else.", ModelMismatchWarning, stacklevel=5
+        )
+
+
+def _differences(model: Any, weights: ProbeWeights) -> Iterator[str]:
+    there, here = weights.spec.model, model_record(model)
+    if there is not None and there.config_fingerprint is not None and there.config_fingerprint != here.config_fingerprint:
+        yield (
+            f"trained on {there.id!r} (config {there.config_fingerprint}), "
+            f"attached to {here.id!r} ({here.config_fingerprint})."
+        )
+    elif there is not None and there.id is not None and not _same_name(there.id, here.id):
+        yield f"trained on {there.id!r}, attached to {here.id!r}, a model of the same shape."
+    fingerprint = weights.spec.tokenizer.fingerprint if weights.spec.tokenizer else None
+    if fingerprint is not None and getattr(model, "tokenizer", None) is not None:
+        found = tokenizer_record(model, None).fingerprint
+        if fingerprint != found:
+            yield f"trained with another tokenizer (vocabulary {fingerprint}, here {found})."
+
+
+def _same_name(one: str, other: str | None) -> bool:
+    """Whether two names are one; HookedTransformer leaves out the organisation, 'gpt2' for 'openai-community/gpt2'."""
+    return one == other or one.endswith(f"/{other}") or str(other).endswith(f"/{one}")
+
+
+def needs_raw_basis(probe: ProbeWeights, hook_name: str) -> bool:
+    """Whether the probe reads this hook point in the raw basis alone; where its direction sums to zero, any will do."""
+    if hook_name not in probe.hook_points or probe.spec.residual_basis != "raw":
+        return False
+    direction = probe.direction_at(hook_name).double()
+    return bool((direction.sum(dim=-1).abs() > SUM_TOLERANCE * direction.abs().sum(dim=-1)).any())

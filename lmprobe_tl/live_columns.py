@@ -1,0 +1,164 @@
+"""Columns of a live run on their way: logits to running scores to crossings, on the device, and nothing waits for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmprobe_tl.crossings import Crossings
+from lmprobe_tl.history import History
+from lmprobe_tl.live_rows import LiveRows, RowEnds
+from lmprobe_tl.reductions import make_online
+from lmprobe_tl.scoring_plan import ScoringPlan
+
+# Generated columns that wait for the next round of work; fewer where somebody asks.
+_WAITING = 64
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """tokens: [batch new]; mask: [batch new] bool, None where all are tokens; logits: [batch new n_columns]."""
+
+    tokens: Tensor
+    mask: Tensor | None
+    logits: Tensor
+
+    @property
+    def filled_mask(self) -> Tensor:
+        return torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else self.mask
+
+
+@dataclass(frozen=True)
+class _Reduced:
+    """The same with real columns [batch new] bool and values of the online reductions [batch new n_columns]."""
+
+    columns: _Columns
+    real: Tensor
+    running: Tensor
+
+
+class LiveColumns:
+    """All columns of a batch so far. Each goes through two stages: it is reduced once a stop depends on it, and settled,
+    with many others, once it is read or enough are waiting; so that a step costs next to nothing.
+
+    maxima: [batch n_columns], the highest value of each online reduction. Of what went wrong, [batch] bool: not_finite
+    ([batch n_columns]) for logits; defied where a token came in the place of a forced EOS.
+    """
+
+    def __init__(
+        self,
+        plan: ScoringPlan,
+        n_rows: int,
+        device: torch.device,
+        bos_token_id: int | None,
+        ends: RowEnds,
+        *,
+        keep_scores: bool,
+    ) -> None:
+        groups = plan.groups
+        counts_bos = all(group.reduction.counts_bos for group in groups)
+        self.rows = LiveRows(n_rows, device, None if counts_bos else bos_token_id, ends)
+        self.crossings = Crossings(plan, n_rows, device)
+        self.maxima = torch.full((n_rows, plan.n_columns), torch.nan, device=device)
+        self.not_finite = torch.zeros(n_rows, plan.n_columns, dtype=torch.bool, device=device)
+        self.defied = torch.zeros(n_rows, dtype=torch.bool, device=device)
+        self.tokens, self.real, self.logits, self.running = History(), History(), History(), History()
+        self._groups, self._keep_scores = groups, keep_scores
+        self._online: list[Any] = [
+            make_online(group.reduction.name, group.reduction.parameter, n_rows, group.n_columns, device) for group in groups
+        ]
+        self._alarmed = torch.zeros(n_rows, dtype=torch.bool, device=device)
+        self._confirmed_at: Tensor | None = None  # [batch] int, the column at which a judge confirmed an alarm
+        self._forcing = False
+        self._generated = False  # whether the waiting columns are
+        self._waiting: list[_Columns] = []
+        self._reduced: list[_Reduced] = []
+
+    @property
+    def n_rows(self) -> int:
+        return len(self._alarmed)
+
+    def add(self, tokens: Tensor, mask: Tensor | None, logits: Tensor, *, generated: bool) -> None:
+        """Take in the next columns: of a prompt, or one of generated tokens. Shapes as in `_Columns`."""
+        if not generated or not self._generated or len(self._waiting) + len(self._reduced) >= _WAITING:
+            self.advance()
+        self._generated = generated
+        self._waiting.append(_Columns(tokens, mask, logits))
+        if not generated:
+            self.advance()
+
+    def alarmed(self) -> Tensor:
+        """[batch] bool: rows in which some probe's running score has reached its threshold, or a judge confirmed an
+        alarm."""
+        self._reduce()
+        return self._alarmed
+
+    def force(self) -> Tensor:
+        """The alarmed rows, in which the next token has to be an EOS: another one will be noticed."""
+        self._forcing = True
+        return self.alarmed()
+
+    def confirm(self, row: int, column: int) -> None:
+        """A judge's word for an alarm in this row, which `column` deferred."""
+        self._alarmed = self._alarmed.index_fill(0, torch.tensor([row], device=self._alarmed.device), True)
+        if self._confirmed_at is None:
+            self._confirmed_at = self.crossings.alarm_column()
+        self._confirmed_at[row] = column
+
+    def advance(self) -> None:
+        """Reduce and settle all columns so far."""
+        self._reduce()
+        reduced, self._reduced = self._reduced, []
+        if not reduced:
+            return
+        tokens = _joined([part.columns.tokens for part in reduced])
+        mask = _joined([part.columns.filled_mask for part in reduced])
+        logits = _joined([part.columns.logits for part in reduced])
+        real, running = _joined([part.real for part in reduced]), _joined([part.running for part in reduced])
+        first = self.tokens.n_columns
+        self.rows.settle(tokens, mask, real, generated=self._generated)
+        self.crossings.update(running, logits, first)
+        self.maxima = torch.fmax(self.maxima, running.nan_to_num(nan=-torch.inf).amax(dim=1))
+        self.not_finite = self.not_finite | (~logits.isfinite() & real[..., None]).any(dim=1)
+        if self._generated and self._forcing:
+            self._note_defied(real, first)
+        self.tokens.append(tokens.int())
+        self.real.append(real)
+        if self._keep_scores:
+            self.logits.append(logits)
+            self.running.append(running)
+
+    def _note_defied(self, real: Tensor, first: int) -> None:
+        alarm = self.crossings.alarm_column()
+        if self._confirmed_at is not None:
+            alarm = torch.minimum(alarm, self._confirmed_at)
+        column = torch.arange(first, first + real.shape[1], device=real.device)
+        self.defied = self.defied | (real & (column > alarm[:, None])).any(dim=1)
+
+    def _reduce(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        columns = waiting[0]
+        if len(waiting) > 1:
+            tokens = _joined([part.tokens for part in waiting])
+            mask = _joined([part.filled_mask for part in waiting])
+            columns = _Columns(tokens, mask, _joined([part.logits for part in waiting]))
+        if self._generated:
+            real, counted = self.rows.generated(columns.tokens, columns.mask)
+        else:
+            real, counted = self.rows.prompt(columns.tokens, columns.filled_mask)
+        parts = [
+            online.update(group.enter(columns.logits[..., group.columns]), real if group.reduction.counts_bos else counted)
+            for group, online in zip(self._groups, self._online, strict=True)
+        ]
+        running = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        self._alarmed = self._alarmed | self.crossings.alarms(running)
+        self._reduced.append(_Reduced(columns, real, running))
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
