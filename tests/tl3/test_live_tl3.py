@@ -462,6 +462,13 @@ def test_embeddings_in_place_of_tokens_are_an_error(hooked: Tiny) -> None:
     assert_monitor(hooked, monitor, tokens.tolist(), some_probes())
     with pytest.raises(MonitorError, match=message), attach_probes(hooked.model, make_probe()):  # one row of two
         hooked.model(hooked.model.input_to_embed(tokens.repeat(2, 1))[0][:1], start_at_layer=0)
+    # The model itself would take this mask for both rows.
+    options = {"start_at_layer": 0, "attention_mask": torch.ones_like(tokens)}
+    with (
+        pytest.raises(MonitorError, match=r"covers the 4 columns.*shape \(1, 4\)"),
+        attach_probes(hooked.model, make_probe()),
+    ):
+        hooked.model(hooked.model.input_to_embed(tokens.repeat(2, 1))[0], **options)
 
 
 def test_probes_attached_in_the_middle_of_a_generation_are_an_error(hooked: Tiny) -> None:
