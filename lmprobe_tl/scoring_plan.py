@@ -101,13 +101,10 @@ class ScoringPlan:
         self.hooks = {name: self._hook_columns(name) for name in hook_names}
         starts = {name: columns.start for name, columns in self.columns.items()}
         self.watches = watches_of(self.probes, starts, self.reductions, cascades or {}, self.n_columns)
-        # Output column of each column of the matrices, side by side. Each once and in order is the usual case, in which
-        # there is nothing to do; each once, in which they are but moved, is the next.
+        # Output column of each column of the matrices, side by side; each once and in order is the usual case.
         order = torch.cat([hook.columns for hook in self.hooks.values()])
-        self._order = order
         self._straight = torch.equal(order, torch.arange(self.n_columns))
-        each_once = torch.equal(order.sort().values, torch.arange(self.n_columns))
-        self._moved_from = order.argsort() if each_once else None
+        self._order = {order.device: order}
 
     def _groups(self) -> list[ReductionGroup]:
         members: dict[tuple[LiveReduction, int], list[str]] = {}
@@ -148,7 +145,7 @@ class ScoringPlan:
         side_by_side = torch.cat([partial.to(device) for partial in partials], dim=-1)
         if self._straight:
             return side_by_side
-        if self._moved_from is not None:
-            return side_by_side.index_select(-1, self._moved_from.to(device))
+        if device not in self._order:  # moved once: a copy in every step would wait for the device
+            self._order[device] = next(iter(self._order.values())).to(device)
         empty = side_by_side.new_zeros(*side_by_side.shape[:-1], self.n_columns)
-        return empty.index_add(-1, self._order.to(device), side_by_side)
+        return empty.index_add(-1, self._order[device], side_by_side)
