@@ -46,17 +46,29 @@ class GrowingText:
             self._wrap_again(width)
         pieces = [(text, style) for text, style in pieces if text]
         written: list[Segment] = []
-        if self._held or (pieces and self._last and self._joined_by(pieces[0][0])):
-            columns = self._take_back()
-            written += [] if self._held else [control(f"\x1b[{columns}D")]
+        if self._held or (pieces and self._joined_by(pieces[0][0])):
+            written += self._back_to_last()
             pieces = [*self._last, *pieces]
         for text, style in pieces:
             written += self._written(text, style)
         return self._without_held(written) if pieces else (written, [])
 
+    def _at_edge(self) -> bool:
+        return self._column == self._width
+
     def _joined_by(self, text: str) -> bool:
         """Whether text goes on with the last character: some terminals forget that one when the cursor moves."""
+        if not self._last or text[0] in "\n\t":
+            return False
         return get_character_cell_size(text[0]) == 0 or self._last[-1][0].endswith(_JOINER)
+
+    def _back_to_last(self) -> Iterator[Segment]:
+        """Forget the last character, and move the cursor to where it stands, unless it waits there."""
+        cells = [width for text, _ in self._last for width in _cells(text)]
+        del self._cells[len(self._cells) - len(cells) :]
+        self._column -= sum(cells)
+        if not self._held:
+            yield control(f"\x1b[{sum(cells)}D")
 
     def _written(self, text: str, style: Style | None) -> Iterator[Segment]:
         for at, line in enumerate(text.split("\n")):
@@ -66,7 +78,7 @@ class GrowingText:
                 yield Segment(self._take(line), style)
 
     def _line_end(self) -> Iterator[Segment]:
-        if self._wrapped and self._column < self._width:
+        if self._wrapped and not self._at_edge():
             # A row that begins amid a background is filled with that by some terminals.
             yield _ERASE_REST_OF_ROW
         yield Segment("\n")
@@ -88,13 +100,6 @@ class GrowingText:
             self._column += width
         self._cells += cells
 
-    def _take_back(self) -> int:
-        """Forget the last character; returns how many columns it had."""
-        cells = [width for text, _ in self._last for width in _cells(text)]
-        del self._cells[len(self._cells) - len(cells) :]
-        self._column -= sum(cells)
-        return sum(cells)
-
     def _wrap_again(self, width: int) -> None:
         """Terminals wrap an unfinished line anew where the window gets another width."""
         cells, self._cells = self._cells, []
@@ -105,10 +110,10 @@ class GrowingText:
         """The last character apart, if it fills the row."""
         before, last = _split_last(written) if self._column else (written, [])
         self._last = [(segment.text, segment.style) for segment in last]
-        self._held = bool(last) and self._column == self._width
+        self._held = bool(last) and self._at_edge()
         if self._held:
             return before, last
-        return ([*written, _ERASE_REST_OF_ROW] if self._wrapped and self._column < self._width else written), []
+        return ([*written, _ERASE_REST_OF_ROW] if self._wrapped else written), []
 
 
 def _split_last(segments: list[Segment]) -> tuple[list[Segment], list[Segment]]:

@@ -106,12 +106,12 @@ class LiveScreen:
             while not self._over.is_set():
                 self._news.wait(_IDLE_S)
                 self._news.clear()
-                self._draw()
+                self.draw()
                 self._over.wait(_INTERVAL_S)
         except (Exception, SystemExit) as failure:  # rich leaves by SystemExit where nobody reads
             self._failure = failure
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
         pieces, size = self._taken(), self._size()
         if not pieces and size == self._drawn_size:
             return

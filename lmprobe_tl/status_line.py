@@ -47,19 +47,20 @@ def status_line(status: LiveStatus, style: TokenStyle, columns: int) -> list[Seg
         if room >= _SMALLEST_GAUGE:
             cells = min(room - 1 + room % 2, _LARGEST_GAUGE)
             return _joined([_plain(before), _gauge(status, style, cells), *(_part(text, style) for text in after)])
-    words = [*alarm, f"{score}/{threshold}", tokens]
-    while len(words) > 1 and len(_GAP.join(words)) > columns:
-        words.pop()
+    numbers = f"{score}/{threshold}"
+    short = ["ALARM"] if status.alarm_at else []
+    lines = ([*alarm, numbers, tokens], [*short, numbers, tokens], [*short, numbers])
+    words = next((words for words in lines if len(_GAP.join(words)) <= columns), lines[-1])
     return Segment.adjust_line_length(_joined([_part(text, style) for text in words]), columns, pad=False)
 
 
 def summary_line(status: LiveStatus, style: TokenStyle, ended_by: str) -> list[Segment]:
     """How a generation went, at its end."""
+    at_most = "" if status.highest is None else f" (score at most {status.highest:.3f}, threshold {status.threshold:g})"
+    score = f"; score {_number(status.running)}" if status.alarm_at else at_most
     alarm = f"ALARM at {status.alarm_at}" if status.alarm_at else "no alarm"
-    scores = f"score {_number(status.running)}, highest {_number(status.highest)}, threshold {status.threshold:g}"
-    rate = "" if status.per_second is None else f", {status.per_second:.0f} tokens/s"
-    ended, rest = f"ended by: {ended_by}; ", f"; {scores}; {_count(status.n_tokens)}{rate}"
-    return [Segment(ended), *_part(alarm, style), Segment(rest)]
+    rate = "" if status.per_second is None else f" at {status.per_second:.0f}/s"
+    return [Segment(f"ended by: {ended_by}; "), *_part(alarm, style), Segment(f"{score}; {_count(status.n_tokens)}{rate}")]
 
 
 def _gauge(status: LiveStatus, style: TokenStyle, cells: int) -> list[Segment]:

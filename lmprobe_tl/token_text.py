@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 # A character has at most four bytes and a token at least one, so that only the last three tokens can be its beginning.
 _MOST_BEGUN = 3
 

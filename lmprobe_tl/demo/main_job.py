@@ -234,6 +234,7 @@ def run_demo(
             )
             display.finish(shown[-1].stopped_by)
 
+    say("")
     say(f"4. check    the live scores of {live_rows} more generations against Python's own tokenizer")
     prompts = live_prompts(data.test, model.tokenizer, live_rows)
     live = check_live_scores(model, weights, prompts, baseline, max_new_tokens=max_new_tokens, n_bootstrap=n_bootstrap)
