@@ -22,7 +22,7 @@ from rich.cells import get_character_cell_size
 from rich.console import Console
 from rich.segment import Segment
 from rich.style import Style
-from tiny_terminal import TinyTerminal
+from tiny_terminal import Screen, TinyTerminal
 
 from lmprobe_tl import live_screen
 from lmprobe_tl.growing_text import GrowingText
@@ -30,26 +30,6 @@ from lmprobe_tl.live_screen import LiveScreen, PlainOutput, is_live
 
 PAINTS = [None, Style(color="#000000", bgcolor="#79b4eb"), Style(color="#000000", bgcolor="#f0a03d")]
 END = [[Segment("the end")]]
-
-
-class Screen(io.StringIO):
-    """A file that is a terminal: what is written shows in `terminal`."""
-
-    def __init__(self, width: int = 40, height: int = 6) -> None:
-        super().__init__()
-        self.terminal = TinyTerminal(width, height)
-
-    def isatty(self) -> bool:
-        return True
-
-    def write(self, text: str) -> int:
-        self.terminal.feed(text)
-        return super().write(text)
-
-    def console(self, **settings: Any) -> Console:
-        console = Console(file=self, color_system="truecolor", highlight=False, _environ={"TERM": "xterm"}, **settings)
-        console.size = (self.terminal.width, self.terminal.height)
-        return console
 
 
 class StillScreen(LiveScreen):
@@ -139,6 +119,7 @@ narrow = st.text(alphabet="abcdef\n", max_size=25)
 @given(st.lists(st.tuples(narrow, narrow, narrow, st.integers(20, 30)), max_size=8))
 @example([("a" * 30, "", "", 20), ("b" * 10, "c", "", 20)])
 @example([("a" * 25, "", "", 20), ("b" * 15, "c", "", 20)])
+@example([("a" * 26, "", "", 26), ("\n", "b", "", 20)])
 def test_text_survives_another_width_of_the_window(frames: Any) -> None:
     file = Screen(25, 10)
     console = file.console()

@@ -7,9 +7,12 @@ is erased, and a row that begins by scrolling, has the background of the moment.
 
 from __future__ import annotations
 
+import io
 import re
+from typing import Any
 
 from rich.cells import get_character_cell_size
+from rich.console import Console
 
 Cell = tuple[str, str]  # text, '' in the right half of a wide character; and style
 _CODES = re.compile(r"\x1b(?:\[(\??[0-9;]*)([A-Za-z])|([78D]))")
@@ -165,3 +168,24 @@ class TinyTerminal:
         first = min(len(rows) - self.height, at)
         self.scrollback, self.screen = rows[:first], rows[first : first + self.height]
         self.row, self._full = at - first, False
+
+
+class Screen(io.StringIO):
+    """A file that is a terminal: what is written shows in `terminal`."""
+
+    def __init__(self, width: int = 40, height: int = 6) -> None:
+        super().__init__()
+        self.terminal = TinyTerminal(width, height)
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.terminal.feed(text)
+        return super().write(text)
+
+    def console(self, **settings: Any) -> Console:
+        settings = {"color_system": "truecolor", "highlight": False, "_environ": {"TERM": "xterm"}} | settings
+        console = Console(file=self, **settings)
+        console.size = (self.terminal.width, self.terminal.height)
+        return console
