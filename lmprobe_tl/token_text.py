@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# A character has at most four bytes and a token at least one, so that only the last three tokens can be its beginning.
+# A character has at most four bytes and a token at least one, so that only the last three can be its beginning.
 _MOST_BEGUN = 3
 
 
@@ -29,13 +29,23 @@ class TokenText:
         n_tokens = len(self._pending)
         text = self._new_text(n_tokens)
         if text.endswith("\ufffd"):
-            n_tokens = max(0, n_tokens - _MOST_BEGUN)
+            n_tokens = self._n_finished()
             text = self._new_text(n_tokens)
         return self._taken(n_tokens, text)
 
     def rest(self) -> tuple[str, float] | None:
         """What still waits for the rest of a character, at the end of the tokens."""
         return self._taken(len(self._pending), self._new_text(len(self._pending)))
+
+    def _n_finished(self) -> int:
+        """How many of the waiting tokens are too far back to be part of a character that is still to be completed."""
+        left = _MOST_BEGUN
+        for at in reversed(range(len(self._pending))):
+            if left == 0:
+                return at + 1
+            # A special token adds nothing.
+            left -= bool(self._tokenizer.decode([self._pending[at]], skip_special_tokens=True))
+        return 0
 
     def _new_text(self, n_tokens: int) -> str:
         before = self._tokenizer.decode(self._before, skip_special_tokens=True)

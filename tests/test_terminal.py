@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 from embedded import embedded_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from tiny_terminal import Screen
@@ -309,6 +309,8 @@ def test_only_the_chosen_row_and_probe_are_shown() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from([*b"ab", *"é😀".encode(), 0xFF, 256]), max_size=12))
+@example([*"😀".encode()[:1], 256, *"😀".encode()[1:]])
+@example([*"😀".encode()[:2], 256, 256, 256, *"😀".encode()[2:]])
 def test_token_text_adds_up_to_the_decoded_text(ids: list[int]) -> None:
     text = TokenText(Bytes())
     added = [one for token in ids if (one := text.add(token, float(token)))]
