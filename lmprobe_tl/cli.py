@@ -106,17 +106,12 @@ def demo(
     from lmprobe_tl.report import write_report
     from lmprobe_tl.terminal import TokenPrinter
 
-    printers: list[TokenPrinter] = []
-
     def say(text: str) -> None:
-        while printers:
-            printers.pop().finish()
         console.print(Text(text), soft_wrap=True)
 
-    def show_generation(prompt: str, weights: Any, tokenizer: Any) -> TokenPrinter:
+    def show_generation(weights: Any, tokenizer: Any) -> TokenPrinter:
         say("")
-        printers.append(TokenPrinter(console, weights, tokenizer))
-        return printers[-1]
+        return TokenPrinter(console, weights, tokenizer)
 
     result = run_demo(out, say=say, show_generation=show_generation, seed=seed)
     report = write_report(result, out / "report.html")
@@ -277,9 +272,10 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the text; by default another each time.")] = None,
     bos: BosOption = None,
 ) -> None:
-    """Continue a prompt with every token coloured by its own score.
+    """Continue a prompt with every token coloured by its own score, and flagged tokens between marks.
 
-    The alarm watches the running score, which pools the tokens so far as the probe file says.
+    The alarm watches the running score, which pools the tokens so far as the probe file says; a line below the text shows
+    it. In a pipe, with NO_COLOR or with TERM=dumb the text comes without colours.
     """
     from lmprobe_tl.probe_file import load_probe
 
@@ -296,30 +292,20 @@ def generate(
     from lmprobe_tl.terminal import TokenPrinter
 
     torch.seed() if seed is None else torch.manual_seed(seed)
-    printer = TokenPrinter(Console(highlight=False), weights, loaded.tokenizer)
     sampling: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {"do_sample": False}
-    result = monitored_generate(
-        loaded,
-        [text],
-        [weights],
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        on_token=printer,
-        score_last_token=True,
-        prepend_bos=bos,
-        **sampling,
-    )[0]
-    printer.finish()
-    pooled = weights.spec.pooling.inference
-    for alarm in result.alarms:
-        generated = alarm.position - result.prompt_length
-        where = f"generated token {generated + 1}" if generated >= 0 else f"token {alarm.position + 1} of the prompt"
-        token = loaded.tokenizer.decode([alarm.token_id])
-        print(
-            f"alarm: the running score of probe {alarm.probe!r} (pooling {pooled}) reached {alarm.score:.3f} "
-            f"(threshold {alarm.threshold:g}) at {where}, {token!r}"
-        )
-    print(f"ended by: {f'probe {result.stopped_by!r}' if result.stopped_by == weights.name else result.stopped_by}")
+    with TokenPrinter(Console(highlight=False), weights, loaded.tokenizer) as printer:
+        result = monitored_generate(
+            loaded,
+            [text],
+            [weights],
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            on_token=printer,
+            score_last_token=True,
+            prepend_bos=bos,
+            **sampling,
+        )[0]
+        printer.finish(result.stopped_by)
 
 
 @app.command()

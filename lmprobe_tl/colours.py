@@ -11,9 +11,32 @@ _LOW, _MIDDLE, _HIGH = (120, 180, 235), (245, 245, 240), (240, 160, 60)
 _SPAN = 6.0
 
 
-def score_colour(logit: float, threshold_logit: float = 0.0) -> str:
-    """Colour '#rrggbb' of a logit: near-white at the threshold, blue below, orange above."""
-    share = math.tanh(2 * (logit - threshold_logit) / _SPAN)
+def score_share(logit: float, threshold_logit: float = 0.0) -> float:
+    """Where a logit stands on the scale: -1 far below the threshold, 0 at it, 1 far above. Both may be infinite."""
+    if logit == threshold_logit:
+        return 0.0  # inf - inf would be NaN
+    return math.tanh(2 * (logit - threshold_logit) / _SPAN)
+
+
+def share_colour(share: float) -> str:
+    """Colour '#rrggbb' of a place on the scale, from -1 (blue) over 0 (near-white) to 1 (orange)."""
     end = _HIGH if share > 0 else _LOW
     mixed = (round(middle + abs(share) * (far - middle)) for middle, far in zip(_MIDDLE, end, strict=True))
     return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def score_colour(logit: float, threshold_logit: float = 0.0) -> str:
+    """Colour '#rrggbb' of a logit: near-white at the threshold, blue below, orange above."""
+    return share_colour(score_share(logit, threshold_logit))
+
+
+# Equal steps over the scale, of the 256 colours that most terminals have and of the eight that all coloured ones have. The
+# nearest ones to the scale itself would be of many hues in the first case, and white for blue in the second.
+_OF_256 = ("color(110)", "color(153)", "color(255)", "color(223)", "color(215)")
+_OF_8 = ("cyan", "white", "yellow")
+
+
+def palette_colour(share: float, n_colours: int) -> str:
+    """The scale in a terminal's palette: rich's name of one of its 256 or 8 colours, for a place on the scale."""
+    steps = _OF_256 if n_colours == 256 else _OF_8
+    return steps[round((share + 1) / 2 * (len(steps) - 1))]

@@ -7,9 +7,13 @@ import io
 import json
 import os
 import pickle
+import pty
 import re
+import select
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +28,7 @@ from conftest import Tiny
 from embedded import embedded_model
 from sklearn.exceptions import ConvergenceWarning
 from test_report import Page
+from tiny_terminal import TinyTerminal
 
 from lmprobe_tl import Probe, calibrate_probe, cli, demo, load_probe
 from lmprobe_tl.demo import main_job
@@ -468,7 +473,7 @@ def test_generate_continues_the_prompt_and_says_how_it_ended(run: Run, probes: d
     out = run("generate", probes["live"], "def f(x):", "-n", 8, "--seed", 1).fine
     assert written(out).startswith("def f(x):")
     assert len(written(out)) > len("def f(x):\n")
-    assert re.search(r"^ended by: (max_new_tokens|eos)$", out, re.M)
+    assert re.search(r"^ended by: (max_new_tokens|eos); .*; [1-8] tokens?$", out, re.M)
 
 
 def test_generate_gives_the_same_text_for_a_seed_and_another_without_one(run: Run, probes: dict[str, Path]) -> None:
@@ -501,11 +506,14 @@ def test_generate_is_greedy_at_temperature_zero(run: Run, probes: dict[str, Path
 def test_generate_stops_at_the_threshold_and_raises_the_alarm(run: Run, probes: dict[str, Path], tmp_path: Path) -> None:
     path = pooled_by("score:max", load_probe(probes["live"])).save(tmp_path / "p.safetensors")
     never = run("generate", path, "x = ", "-n", 12, "--seed", 1, "--threshold", 1, "--stop").fine
-    assert "alarm" not in never
+    assert "alarm:" not in never
+    assert "; no alarm (score at most 0." in never
     assert "⟦" not in never
     at_once = run("generate", path, "x = ", "-n", 12, "--seed", 1, "--threshold", 0, "--stop").fine
     assert written(at_once) == "x = \n"
-    assert at_once.splitlines()[-1] == "ended by: probe 'live'"
+    assert re.fullmatch(
+        r"ended by: probe 'live'; ALARM at prompt token 2; score \d\.\d{3}; 0 tokens", at_once.splitlines()[-1]
+    )
     assert re.search(
         r"^alarm: .* 'live' \(pooling score:max\) reached \d\.\d{3} \(threshold 0\) at token 2 of the prompt, 'x'$",
         at_once,
@@ -574,6 +582,7 @@ def test_demo_writes_a_probe_and_a_report_that_name_no_path_of_this_machine(
     ran = run("demo", "--out", out)
     printed = ran.fine.replace("⟦", "").replace("⟧", "")
     assert ran.err == ""
+    assert len(re.findall(r"(?m)^ended by: (?:max_new_tokens|eos); .*; \d+ tokens?$", printed)) == 2
     probe_file, report = out / "inside_text.safetensors", out / "report.html"
     assert f"\nprobe file  {probe_file}\nreport      {report}\n" in printed, "long lines are not wrapped"
     assert sorted(path.name for path in out.iterdir()) == ["inside_text.safetensors", "report.html"]
@@ -828,3 +837,58 @@ def test_a_process_whose_reader_goes_away_is_quiet_to_its_end(probes: dict[str, 
     _, error = process.communicate(timeout=60)
     assert error == b""
     assert process.returncode in (1, 141)
+
+
+# --- on a terminal -------------------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(
+    arguments: list[str], *, until: str, then: bytes, seconds: float = 120, **settings: str
+) -> tuple[int, str]:
+    """Run the command as the foreground process of a terminal of its own, type `then` once `until` has come, and wait for
+    its end. Returns exit code and output."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, "-c", STARTS, *arguments], environment() | settings)
+    output, end = b"", time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            if not select.select([terminal], [], [], 0.2)[0]:
+                continue
+            try:
+                output += os.read(terminal, 65536)
+            except OSError:  # its end
+                break
+            if then and until.encode() in output:
+                os.write(terminal, then)
+                then = b""
+        else:
+            os.kill(process, signal.SIGKILL)
+    finally:
+        _, status = os.waitpid(process, 0)
+        os.close(terminal)
+    return os.waitstatus_to_exitcode(status), output.decode()
+
+
+def test_ctrl_c_amid_the_text_keeps_it_and_leaves_a_terminal_to_go_on_with(probes: dict[str, Path]) -> None:
+    code, output = on_a_terminal(
+        ["generate", str(probes["live"]), "def f(x):", "-n", "480", "--seed", "1"],
+        until=" tokens/s",
+        then=b"\x03",
+        TERM="xterm-256color",
+        COLORTERM="truecolor",
+        COLUMNS="",
+        NO_COLOR="",
+    )
+    assert code == 130, output
+    terminal = TinyTerminal(80, 25)
+    terminal.feed(output)
+    *text, summary, message = terminal.lines
+    assert message == "lmprobe-tl: interrupted"
+    assert re.fullmatch(r"ended by: interrupted; .*; \d+ tokens? at \d+/s", summary)
+    assert "def f(x):" in re.sub("[⟦⟧]", "", text[0])
+    assert "tokens/s" not in "".join(terminal.lines)
+    assert "\x1b[?25l" not in output, "the cursor is never hidden"
+    assert output.rfind("\x1b[?7h") > output.rfind("\x1b[?7l"), "lines wrap again"
+    assert "48;2;" in output
+    assert (terminal.column, terminal.style) == (0, "")

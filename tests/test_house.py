@@ -27,7 +27,8 @@ FLOORS = {
     4: {"inference", "evaluation", "probe", "monitor", "generation", "scoring"}
     | {"live_calibration", "live_sequences", "live_evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
-    6: {"cli", "calibrate_command", "colours", "records", "report", "terminal", "token_text"},
+    6: {"cli", "calibrate_command", "colours", "records", "report", "terminal", "token_text"}
+    | {"growing_text", "live_screen", "status_line", "token_style"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SKINS = {"cli", "report", "terminal"}
@@ -46,7 +47,7 @@ ONLY_IN = {
     "transformer_lens": {"hook_points"},
     "transformers": {"monitor", "demo.train_model", "cli"},
     "typer": {"cli"},
-    "rich": {"cli", "terminal"},
+    "rich": {"cli", "growing_text", "live_screen", "status_line", "terminal", "token_style"},
 }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from lmprobe_tl.demo.task import (
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.evaluation import Evaluation
 from lmprobe_tl.generation import GenerationResult, monitored_generate
-from lmprobe_tl.live_records import OnToken
+from lmprobe_tl.live_records import TokenEvent
 from lmprobe_tl.metrics import Interval, auroc, bootstrap_interval
 from lmprobe_tl.probe import Probe
 from lmprobe_tl.probe_file import load_probe
@@ -78,6 +79,14 @@ class DemoResult:
     shown: list[GenerationResult]
     training: dict[str, Any]
     tokenizer: Any
+
+
+class Display(Protocol):
+    """Shows one generation: an `on_token`, and told at the end what ended the row."""
+
+    def __call__(self, event: TokenEvent) -> None: ...
+
+    def finish(self, ended_by: str) -> None: ...
 
 
 def training_record() -> dict[str, Any]:
@@ -183,14 +192,13 @@ def run_demo(
     out: Path,
     *,
     say: Callable[[str], None],
-    show_generation: Callable[[str, ProbeWeights, Any], OnToken],
+    show_generation: Callable[[ProbeWeights, Any], AbstractContextManager[Display]],
     seed: int = 0,
     n_bootstrap: int = 300,
     live_rows: int = 64,
     max_new_tokens: int = 96,
 ) -> DemoResult:
-    """The whole job. `say` tells what happens; `show_generation(prompt, weights, tokenizer)` makes the `on_token` that shows
-    a row."""
+    """The whole job. `say` tells what happens; `show_generation(weights, tokenizer)` makes what shows a row."""
     model = load_demo_model()
     data = load_task(model.tokenizer)
     n_tokens = sum(len(piece.labels) for piece in data.train)
@@ -214,17 +222,19 @@ def run_demo(
     torch.manual_seed(seed)
     shown = []
     for prompt in SHOWN_PROMPTS:
-        on_token = show_generation(prompt, weights, model.tokenizer)
-        shown += monitored_generate(
-            model,
-            [prompt],
-            [weights],
-            max_new_tokens=max_new_tokens,
-            temperature=TEMPERATURE,
-            on_token=on_token,
-            score_last_token=True,
-        )
+        with show_generation(weights, model.tokenizer) as display:
+            shown += monitored_generate(
+                model,
+                [prompt],
+                [weights],
+                max_new_tokens=max_new_tokens,
+                temperature=TEMPERATURE,
+                on_token=display,
+                score_last_token=True,
+            )
+            display.finish(shown[-1].stopped_by)
 
+    say("")
     say(f"4. check    the live scores of {live_rows} more generations against Python's own tokenizer")
     prompts = live_prompts(data.test, model.tokenizer, live_rows)
     live = check_live_scores(model, weights, prompts, baseline, max_new_tokens=max_new_tokens, n_bootstrap=n_bootstrap)
