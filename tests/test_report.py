@@ -82,7 +82,7 @@ def generation(text: str, prompt: str, logits: list[float] | None = None) -> Gen
     length = len(ids)
     ids += tokenizer(text, add_special_tokens=False)["input_ids"]
     scores = torch.tensor(logits or [float(at % 5) for at in range(len(ids))])
-    return GenerationResult(text, torch.tensor(ids), length, {"p": scores}, {"p": scores}, (), "max_new_tokens")
+    return GenerationResult(text, torch.tensor(ids), length, {"p": scores}, {"p": scores}, (), "max_new_tokens", {})
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_character_split_over_tokens_is_one_span_and_a_cut_one_is_kept(tmp_pat
         ("😀", "logit 5.00"),
         ("a", "logit 0.00"),
     ]
-    cut = GenerationResult("", result.tokens[: result.prompt_length + 1], 2, result.scores, {}, (), "eos")
+    cut = GenerationResult("", result.tokens[: result.prompt_length + 1], 2, result.scores, {}, (), "eos", {})
     assert [text for text, *_ in spans_of(cut, tmp_path)] == ["x", "\ufffd"]
 
 
