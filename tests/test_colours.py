@@ -100,6 +100,8 @@ def test_colours_run_from_blue_over_near_white_to_orange_and_saturate() -> None:
     red, _, blue = channels(20.0)
     assert red > blue + 80
     assert channels(1e9) == channels(1000.0) == channels(float("inf"))
+    assert all(channels(logit)[0] > channels(logit)[2] + 5 for logit in (1.2, 2.0, 3.0))
+    assert all(channels(logit)[0] < channels(logit)[2] - 5 for logit in (0.0, -1.0, -3.0))
     reds = [channels(logit)[0] for logit in (-5.0, -3.0, -1.0, 0.0, 1.0)]
     assert reds == sorted(reds)
     assert len(set(reds)) == 5

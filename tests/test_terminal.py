@@ -150,14 +150,14 @@ def test_flagged_text_is_underlined_and_nothing_else_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("system", "grounds"),
-    [("256", ["48;5;110", "48;5;255", "48;5;215"]), ("standard", ["46", "47", "43"])],
+    ("system", "black", "grounds"),
+    [("256", "38;5;16", ["48;5;110", "48;5;255", "48;5;215"]), ("standard", "30", ["46", "47", "43"])],
 )
-def test_a_terminal_of_few_colours_has_clear_steps(system: str, grounds: list[str]) -> None:
+def test_a_terminal_of_few_colours_has_clear_steps(system: str, black: str, grounds: list[str]) -> None:
     to = Console(file=io.StringIO(), force_terminal=True, color_system=system, _environ={})
     runs = painted(shown(list(b"abc"), [-9.0, -0.01, 9.0], to=to))
-    assert [codes.endswith(ground) for (_, codes), ground in zip(runs, grounds, strict=False)] == [True] * 3
-    assert {"30", "38;5;16"} & {codes.removesuffix(";" + ground) for (_, codes), ground in zip(runs, grounds, strict=False)}
+    expected = [f"{black};{grounds[0]}", f"{black};{grounds[1]}", f"4;{black};{grounds[2]}"]
+    assert [codes for _, codes in runs][:3] == expected
 
 
 def test_colours_are_relative_to_the_threshold_of_the_probe() -> None:
@@ -431,6 +431,29 @@ def test_an_exception_ends_the_display_and_keeps_the_text(error: type[BaseExcept
     assert threading.active_count() == before
 
 
+def test_an_exception_is_the_one_to_see_even_if_the_display_can_no_longer_say_it() -> None:
+    file = Screen()
+
+    def generate() -> None:
+        with TokenPrinter(file.console(), WEIGHTS, Bytes()) as printer:
+            printer(event(97))
+            with patch.object(file, "write", side_effect=OSError("gone")):
+                printer.finish("eos")
+
+    def fail() -> None:
+        with (
+            patch.object(file, "write", side_effect=OSError("gone")),
+            TokenPrinter(file.console(), WEIGHTS, Bytes()) as printer,
+        ):
+            printer(event(97))
+            raise ZeroDivisionError
+
+    with pytest.raises(OSError, match="gone"):
+        generate()
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+
 def test_an_exception_before_the_first_token_shows_nothing() -> None:
     for to in (Screen().console(), console(colour=False)):
         with pytest.raises(ZeroDivisionError), TokenPrinter(to, WEIGHTS, Bytes()):
@@ -495,7 +518,9 @@ def test_without_colours_a_terminal_gets_marks_and_a_status_line_and_no_style() 
     with TokenPrinter(to, WEIGHTS, Bytes()) as printer:
         for token, logit in zip(b"ab", (-1.0, 1.0), strict=True):
             printer(event(token, logit, generated=False, running=0.7, alarms=(alarm(1),) if token == 98 else ()))
-        assert wait_for(file, "ALARM at prompt token 2")[0] == "a⟦b"
+        rows = wait_for(file, "ALARM at prompt token 2")
+        assert rows[0] == "a⟦b"
+        assert rows[1].endswith("  0 tokens"), "no speed before the first token that is generated"
         printer.finish("eos")
     assert not re.search(r"\x1b\[[0-9;]*m", file.getvalue())
     assert file.terminal.lines[0] == "a⟦b⟧"
@@ -515,3 +540,11 @@ def test_what_the_terminal_cannot_encode_is_spelled_out_and_wrapped_as_such() ->
             printer(event(token, -1.0))
         printer.finish("eos")
     assert file.terminal.lines[0] == "é\\U0001f600 \\u65e5"
+
+
+def test_an_alarm_that_the_terminal_cannot_encode_is_spelled_out() -> None:
+    file = Screen(200)
+    with patch.object(Screen, "encoding", "latin-1"), TokenPrinter(file.console(), WEIGHTS, Pieces("日")) as printer:
+        printer(event(0, running=0.8, alarms=(alarm(0, token=0),)))
+        printer.finish("eos")
+    assert file.terminal.lines[1].endswith("generated token 1, '\\u65e5'")
