@@ -98,6 +98,8 @@ class LiveScreen:
         self._news.set()
         if self._thread is not None:
             self._thread.join()
+        if self._failure is not None:
+            raise self._failure
         written, held = self._text.extend(self._taken(), self._size()[0])
         _print(self._console, [_ERASE_BELOW, *written, *held, *_ending(lines)])
 
@@ -112,6 +114,7 @@ class LiveScreen:
             self._failure = failure
 
     def draw(self) -> None:
+        """Show what has come since the last time, if anything has or if the window has another size."""
         pieces, size = self._taken(), self._size()
         if not pieces and size == self._drawn_size:
             return

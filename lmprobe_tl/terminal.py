@@ -92,7 +92,8 @@ class TokenPrinter:
 
     def _spelled_out(self, text: str) -> str:
         text = _COMMANDS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
-        return text.encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
+        encoding = getattr(self._console.file, "encoding", None) or "utf-8"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def finish(self, ended_by: str) -> None:
         """Show what still waits for the rest of a character, and how the generation went.

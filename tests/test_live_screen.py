@@ -286,6 +286,16 @@ def test_a_screen_that_never_got_text_ends_at_once() -> None:
     assert file.terminal.lines == ["", "the end"]
 
 
+def test_what_goes_wrong_in_the_thread_is_not_lost() -> None:
+    def broken(columns: int) -> list[Segment]:
+        raise ZeroDivisionError
+
+    screen = LiveScreen(Screen().console(), broken)
+    screen.add("abc", None)
+    with pytest.raises(ZeroDivisionError):
+        screen.close(END)
+
+
 def test_a_terminal_that_is_gone_stops_the_program() -> None:
     file = Screen()
     screen = LiveScreen(file.console(), status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -533,13 +534,21 @@ def test_a_dumb_terminal_gets_text_alone() -> None:
     assert file.terminal.lines[0] == "⟦a⟧"
 
 
-def test_what_the_terminal_cannot_encode_is_spelled_out_and_wrapped_as_such() -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_what_the_terminal_cannot_encode_is_spelled_out_and_wrapped_as_such(
+    named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = Screen(12, 6)
-    with patch.object(Screen, "encoding", "latin-1"), TokenPrinter(file.console(), WEIGHTS, Bytes()) as printer:
-        for token in "é😀 日".encode():
-            printer(event(token, -1.0))
-        printer.finish("eos")
+    if not named:  # as in the command
+        monkeypatch.setattr(sys, "stdout", file)
+    with patch.object(Screen, "encoding", "latin-1"):
+        to = file.console() if named else file.console(file=None)
+        with TokenPrinter(to, WEIGHTS, Bytes()) as printer:
+            for token in "é😀 日".encode():
+                printer(event(token, -1.0))
+            printer.finish("eos")
     assert file.terminal.lines[0] == "é\\U0001f600 \\u65e5"
+    assert "\\U" in file.getvalue()
 
 
 def test_an_alarm_that_the_terminal_cannot_encode_is_spelled_out() -> None:

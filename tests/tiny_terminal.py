@@ -185,7 +185,7 @@ class Screen(io.StringIO):
         return super().write(text)
 
     def console(self, **settings: Any) -> Console:
-        settings = {"color_system": "truecolor", "highlight": False, "_environ": {"TERM": "xterm"}} | settings
-        console = Console(file=self, **settings)
+        usual = {"file": self, "color_system": "truecolor", "highlight": False, "_environ": {"TERM": "xterm"}}
+        console = Console(**(usual | settings))
         console.size = (self.terminal.width, self.terminal.height)
         return console
