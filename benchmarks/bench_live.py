@@ -293,9 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=6, help="how often each case is visited")
-    parser.add_argument("--steps", type=int, default=40, help="pairs of steps a visit")
-    parser.add_argument("--new-tokens", type=int, default=32, help="of a timed generate")
+    parser.add_argument("--rounds", type=int, default=4, help="how often each case is visited")
+    parser.add_argument("--steps", type=int, default=30, help="pairs of steps a visit")
+    parser.add_argument("--new-tokens", type=int, default=16, help="of a timed generate")
     parser.add_argument("--long", type=int, default=100_000, help="tokens of the run whose memory is measured")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="JSON file; by default benchmarks/results/live-DEVICE.json")
@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for case in rng.sample(CASES, len(CASES)):
                     steps[case.name] += paired_steps(model, case, batch, options.steps, rng)
                     if case.name in calls:
-                        calls[case.name].append(whole_generate(model, case, batch, options.new_tokens, rng))
+                        calls[case.name] += [whole_generate(model, case, batch, options.new_tokens, rng) for _ in range(3)]
             measured = [row_of(name, batch, "step", case, pairs) for case, pairs in steps.items()]
             measured += [row_of(name, batch, "generate", case, pairs) for case, pairs in calls.items()]
             print(markdown(measured), flush=True)
