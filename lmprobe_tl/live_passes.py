@@ -22,6 +22,10 @@ class ThreadState:
     run: LiveRun | None = None
     call: ForwardCall | None = None
     partials: dict[str, Tensor] = field(default_factory=dict)
+    is_telling: bool = False  # a callback is at work, and what it has the model do is not scored
+
+    def end_call(self) -> None:
+        self.call, self.partials = None, {}
 
 
 class LivePasses:
@@ -34,8 +38,8 @@ class LivePasses:
     def __init__(self, new_run: Callable[[int], LiveRun]) -> None:
         self.runs: list[LiveRun] = []
         self._new_run = new_run
-        self._n_begun = 0
         self._threads: dict[int, ThreadState] = {}
+        self._lock = threading.Lock()
         self._by_cache: dict[int, tuple[weakref.ref[Any], LiveRun]] = {}
 
     @property
@@ -46,12 +50,17 @@ class LivePasses:
     @property
     def unfinished(self) -> bool:
         """Whether some thread's last forward pass has not reached all hook points."""
-        return any(state.call is not None for state in self._threads.values())
+        return any(state.call is not None for state in list(self._threads.values()))
+
+    def abandon(self) -> None:
+        """An exception ended what was on its way: let go of its caches, and of what was seen of a pass by halves."""
+        for state in list(self._threads.values()):
+            state.end_call()
 
     def begin_run(self) -> LiveRun:
-        run = self._new_run(self._n_begun)
-        self._n_begun += 1
-        self.runs.append(run)
+        with self._lock:
+            run = self._new_run(len(self.runs))
+            self.runs.append(run)
         self.thread.run = run
         return run
 
@@ -88,8 +97,9 @@ class LivePasses:
             run.cache = weakref.ref(cache)  # a strong one would keep its memory
         except TypeError:  # a tuple, for instance
             return
-        known = {key: pair for key, pair in self._by_cache.items() if pair[0]() is not None}
-        self._by_cache = known | {id(cache): (run.cache, run)}
+        with self._lock:
+            known = {key: pair for key, pair in self._by_cache.items() if pair[0]() is not None}
+            self._by_cache = known | {id(cache): (run.cache, run)}
 
     def _note_moved_rows(self, run: LiveRun, call: ForwardCall) -> None:
         """Let the run know if rows moved inside its cache since the last pass, as in a beam search of the user's own."""

@@ -108,6 +108,7 @@ class ScoringPlan:
         self._straight = torch.equal(order, torch.arange(self.n_columns))
         each_once = torch.equal(order.sort().values, torch.arange(self.n_columns))
         self._moved_from = order.argsort() if each_once else None
+        self._order_on: dict[torch.device, Tensor] = {}  # a copy from the CPU in every step would wait for the device
 
     def _groups(self) -> list[ReductionGroup]:
         members: dict[tuple[LiveReduction, int], list[str]] = {}
@@ -148,7 +149,10 @@ class ScoringPlan:
         side_by_side = torch.cat([partial.to(device) for partial in partials], dim=-1)
         if self._straight:
             return side_by_side
+        order = self._order_on.get(device)
+        if order is None:
+            order = self._order_on[device] = (self._order if self._moved_from is None else self._moved_from).to(device)
         if self._moved_from is not None:
-            return side_by_side.index_select(-1, self._moved_from.to(device))
+            return side_by_side.index_select(-1, order)
         empty = side_by_side.new_zeros(*side_by_side.shape[:-1], self.n_columns)
-        return empty.index_add(-1, self._order.to(device), side_by_side)
+        return empty.index_add(-1, order, side_by_side)
