@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import json
 import re
 import sys
@@ -239,9 +240,10 @@ class ForwardWatch:
 
     def __init__(self, model: Any, before: Callable[[ForwardCall], None], after: Callable[[Any], None]) -> None:
         module = getattr(model, "original_model", model)
+        names = list(inspect.signature(module.forward).parameters)
 
         def before_forward(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            before(_forward_call(arguments, named))
+            before(_forward_call(arguments, dict(zip(names[1:], arguments[1:], strict=False)) | named))
 
         def after_forward(_: Any, arguments: tuple[Any, ...], output: Any) -> None:
             after(output)

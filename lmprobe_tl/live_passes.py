@@ -77,9 +77,12 @@ class LivePasses:
                 "again for each continuation: a copy of a cache is not known."
             )
         if run is None:
-            extends = current is not None and (not current.n_columns or current.extends(call))
+            # Who has a cache begins anew at column 0, also where the tokens are those of the last generation and one more.
+            with_cache = call.cache is not None or (current is not None and current.is_cached)
+            extends = current is not None and (not current.n_columns or (not with_cache and current.extends(call)))
             run = current if current is not None and extends else self.begin_run()
         run.new_columns(call)  # raises where columns are left out
+        run.is_cached |= call.start > 0
         self.bind_cache(run, call.cache)
         self._note_moved_rows(run, call)
         self.thread.run = run
@@ -98,8 +101,9 @@ class LivePasses:
         except TypeError:  # a tuple, for instance
             return
         with self._lock:
-            known = {key: pair for key, pair in self._by_cache.items() if pair[0]() is not None}
-            self._by_cache = known | {id(cache): (run.cache, run)}
+            # Another cache that this run had is of a prompt that was interrupted.
+            alive = {key: pair for key, pair in self._by_cache.items() if pair[0]() is not None and pair[1] is not run}
+            self._by_cache = alive | {id(cache): (run.cache, run)}
 
     def _note_moved_rows(self, run: LiveRun, call: ForwardCall) -> None:
         """Let the run know if rows moved inside its cache since the last pass, as in a beam search of the user's own."""

@@ -35,6 +35,7 @@ class LiveRun:
         self.repeats: LiveRun | None = None  # whose tokens these are again: what happened there does not happen anew
         self.events: list[Alarm] = []  # crossings that were looked at, in the order in which they happened
         self.cache: weakref.ref[Any] | None = None  # keys and values that this run's tokens are in
+        self.is_cached = False  # whether a pass went on from that cache
         self.mark: tuple[int, Tensor] | None = None  # how long that cache was, and its newest key, [batch d_head]
         self._bos, self._ends, self._keep_scores = bos_token_id, ends, keep_scores
         self._lock = threading.RLock()

@@ -241,8 +241,7 @@ class Monitor:
         run = thread.run
         if run is None:
             return
-        if run.cache is None:
-            self._passes.bind_cache(run, cache_of(output))
+        self._passes.bind_cache(run, cache_of(output))
         logits = logits_of(output) if self._stop else None
         if logits is not None:
             # In place, as the tensor goes on to the sampler; one number a row, as the vocabulary is large.

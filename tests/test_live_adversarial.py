@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import sys
 import threading
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, blocks_of
+from conftest import CONTEXT, D_MODEL, N_LAYERS, Tiny, blocks_of, build_tokenizer, load_tiny
 from live_reference import (
     BOS,
     EOS,
@@ -149,6 +151,56 @@ def test_what_was_scored_before_an_interrupt_can_be_read_and_no_cache_is_kept(gp
     assert caches[-1]() is None
 
 
+def test_the_cache_of_an_interrupted_prompt_is_not_that_of_the_next(llama: Tiny) -> None:
+    from transformers import DynamicCache
+
+    def fail(*_: Any) -> None:
+        handle.remove()
+        raise ZeroDivisionError
+
+    module, old, new = llama.bridge.original_model, DynamicCache(), DynamicCache()
+    handle = blocks_of(module)[1].register_forward_hook(fail)
+    with torch.no_grad(), attach_probes(llama.bridge, make_probe(hook_points="blocks.3.hook_resid_post")) as monitor:
+        with pytest.raises(ZeroDivisionError):
+            module(torch.tensor([[BOS, 40, 50]]), past_key_values=old)
+        module(torch.tensor([[BOS, 61, 51]]), past_key_values=new)
+        with pytest.raises(MonitorError, match="columns 0 to 2 were never scored"):
+            module(torch.tensor([[7]]), past_key_values=old)
+        module(torch.tensor([[8]]), past_key_values=new)
+        assert [run.tokens()[0].tolist() for run in monitor.runs] == [[BOS, 61, 51, 8]]
+
+
+def test_many_threads_find_their_runs(llama: Tiny) -> None:
+    """With a switch of threads every few instructions."""
+    outputs: list[list[int]] = []
+    errors: list[BaseException] = []
+
+    def generate(at: int) -> None:
+        try:
+            for _ in range(2):
+                outputs.append(llama.bridge.hf_generate(torch.tensor([[BOS, 40 + at, 50]]), **GREEDY)[0, :-1].tolist())
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with attach_probes(llama.bridge, make_probe()) as monitor:
+            threads = [threading.Thread(target=generate, args=(at,)) for at in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors, errors
+    assert [run.index for run in monitor.runs] == list(range(8))
+    assert sorted(run.tokens()[0].tolist() for run in monitor.runs) == sorted(outputs)
+    for run in monitor.runs:
+        ids = run.tokens()[0].tolist()
+        assert_same(run.token_scores("p")[0], make_probe().logits(features_of(llama, ids, make_probe())))
+
+
 def test_a_pass_that_ends_early_is_still_an_error_where_nothing_was_raised(gpt2: Tiny) -> None:
     def run() -> None:
         gpt2.bridge(torch.tensor([PROMPT]))
@@ -218,6 +270,48 @@ def test_where_pad_eos_and_bos_are_one_token(one_special: Tiny, way: str) -> Non
             assert_same(running[1:], (expected / count).float())
 
 
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A model whose cache holds the last six columns alone."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder, tokenizer = tmp_path_factory.mktemp("models") / "tiny-mistral", build_tokenizer()
+    torch.manual_seed(5)
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=D_MODEL,
+        intermediate_size=64,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        sliding_window=6,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        initializer_range=0.2,
+    )
+    MistralForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_tiny("mistral", folder)
+
+
+@pytest.mark.parametrize("way", ["generate", "no cache", "hf", "hf chunks"])
+def test_a_sliding_window_changes_nothing(sliding: Tiny, way: str) -> None:
+    rows = [[BOS, 40, 50, 60, 61, 62, 63, 64], [BOS, 41], [BOS, 42, 43, 44, 45]]
+    tokens, mask = left_padded(rows)
+    with attach_probes(sliding.bridge, many_probes()) as monitor:
+        if way.startswith("hf"):
+            chunk = 3 if way == "hf chunks" else None
+            output = sliding.bridge.hf_generate(tokens, attention_mask=mask, prefill_chunk_size=chunk, **GREEDY)
+        else:
+            output = sliding.bridge.generate(
+                tokens, attention_mask=mask, use_past_kv_cache=way == "generate", verbose=False, **GREEDY
+            )
+    generated = output[:, tokens.shape[1] :].tolist()
+    assert not any(EOS in ids for ids in generated)
+    assert_monitor(sliding, monitor, [row + new[:-1] for row, new in zip(rows, generated, strict=True)], many_probes())
+
+
 def test_a_cache_of_a_fixed_size_is_scored_by_hand_and_refused_in_generate(llama: Tiny) -> None:
     from transformers import StaticCache
 
@@ -246,6 +340,36 @@ def test_steps_may_take_turns_between_inference_mode_and_no_grad(llama: Tiny, in
                     for layer in cache.layers:
                         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
     assert_monitor(llama, monitor, [ids], [probe])
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, NEW])
+@pytest.mark.parametrize("way", ["generate", "hf", "no cache"])
+def test_the_output_of_a_generation_may_be_the_prompt_of_the_next(tiny: Tiny, way: str, max_new_tokens: int) -> None:
+    """That is the scored tokens and one more, as a step without a cache has it."""
+
+    def generate(tokens: Tensor) -> Tensor:
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        if way == "hf":
+            return tiny.bridge.hf_generate(tokens, **options)
+        return tiny.bridge.generate(tokens, use_past_kv_cache=way == "generate", verbose=False, **options)
+
+    with attach_probes(tiny.bridge, make_probe()) as monitor:
+        first = generate(torch.tensor([PROMPT]))
+        output = generate(first)
+    assert_monitor(tiny, monitor, [output[0, :-1].tolist()], [make_probe()])
+    if way != "no cache" and max_new_tokens > 1:
+        assert [run.prompt_lengths() for run in monitor.runs] == [[len(PROMPT)], [first.shape[1]]]
+
+
+def test_a_mask_counts_however_it_is_passed(tiny: Tiny) -> None:
+    rows = [[BOS, 41], [BOS, 40, 50, 60]]
+    tokens, mask = left_padded(rows)
+    tokens[0, :2] = 5  # so that nothing but the mask gives the padding away
+    module = tiny.bridge.original_model
+    place = list(inspect.signature(module.forward).parameters).index("attention_mask")
+    with attach_probes(tiny.bridge, make_probe()) as monitor, torch.no_grad():
+        module(tokens, *[None] * (place - 1), mask)
+    assert [ids.tolist() for ids in monitor.tokens()] == rows
 
 
 # --- cascades ---
