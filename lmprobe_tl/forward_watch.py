@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,10 @@ class ForwardWatch:
             self._handles = _watch_blocks(model, first_block, before, after)
             return
         module = getattr(model, "original_model", model)
+        names = list(inspect.signature(module.forward).parameters)
 
         def before_forward(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            before(_forward_call(arguments, named))
+            before(_forward_call(arguments, dict(zip(names[1:], arguments[1:], strict=False)) | named))
 
         def after_forward(_: Any, arguments: tuple[Any, ...], output: Any) -> None:
             after(output)
@@ -83,18 +84,27 @@ _SEARCHES = {
     "_constrained_beam_search": "constrained beam search",
     "_assisted_decoding": "speculative decoding (assistant_model or prompt_lookup_num_tokens)",
     "_contrastive_search": "contrastive search",
+    "get_unconditional_logits": "classifier-free guidance (guidance_scale)",
 }
 
 
 def search_in_progress() -> str | None:
     """What kind of search called the model, where Transformers' `generate` does more than to append one token a row."""
-    frame = sys._getframe(1)
+    return next((_SEARCHES[name] for name in _transformers_callers() if name in _SEARCHES), None)
+
+
+def prefill_in_progress() -> bool:
+    """Whether Transformers' `generate` is processing a prompt, of which the last chunk may be a single token."""
+    return any(name in ("_prefill", "_prefill_chunking") for name in _transformers_callers())
+
+
+def _transformers_callers() -> Iterator[str]:
+    """Names of the functions of Transformers that are at work, the innermost first."""
+    frame: Any = sys._getframe(1)
     while frame is not None:
-        found = _SEARCHES.get(frame.f_code.co_name)
-        if found is not None and frame.f_globals.get("__name__", "").startswith("transformers"):
-            return found
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+        if frame.f_globals.get("__name__", "").startswith("transformers"):
+            yield frame.f_code.co_name
+        frame = frame.f_back
 
 
 def _forward_call(arguments: tuple[Any, ...], named: dict[str, Any]) -> ForwardCall:

@@ -22,6 +22,10 @@ class ThreadState:
     run: LiveRun | None = None
     call: ForwardCall | None = None
     partials: dict[str, Tensor] = field(default_factory=dict)
+    is_telling: bool = False  # a callback is at work, and what it has the model do is not scored
+
+    def end_call(self) -> None:
+        self.call, self.partials = None, {}
 
 
 class LivePasses:
@@ -34,8 +38,9 @@ class LivePasses:
     def __init__(self, new_run: Callable[[int], LiveRun]) -> None:
         self.runs: list[LiveRun] = []
         self._new_run = new_run
-        self._n_begun = 0
+        self._n_begun = 0  # more than there are runs, where some were let go
         self._threads: dict[int, ThreadState] = {}
+        self._lock = threading.Lock()
         self._by_cache: dict[int, tuple[weakref.ref[Any], LiveRun]] = {}
 
     @property
@@ -46,12 +51,18 @@ class LivePasses:
     @property
     def unfinished(self) -> bool:
         """Whether some thread's last forward pass has not reached all hook points."""
-        return any(state.call is not None for state in self._threads.values())
+        return any(state.call is not None for state in list(self._threads.values()))
+
+    def abandon(self) -> None:
+        """An exception ended what was on its way: let go of its caches, and of what was seen of a pass by halves."""
+        for state in list(self._threads.values()):
+            state.end_call()
 
     def begin_run(self) -> LiveRun:
-        run = self._new_run(self._n_begun)
-        self._n_begun += 1
-        self.runs.append(run)
+        with self._lock:
+            run = self._new_run(self._n_begun)
+            self._n_begun += 1
+            self.runs.append(run)
         self.thread.run = run
         return run
 
@@ -68,9 +79,12 @@ class LivePasses:
                 "again for each continuation: a copy of a cache is not known."
             )
         if run is None:
-            extends = current is not None and (not current.n_columns or current.extends(call))
+            # Who has a cache begins anew at column 0, also where the tokens are those of the last generation and one more.
+            with_cache = call.cache is not None or (current is not None and current.is_cached)
+            extends = current is not None and (not current.n_columns or (not with_cache and current.extends(call)))
             run = current if current is not None and extends else self.begin_run()
         run.new_columns(call)  # raises where columns are left out
+        run.is_cached |= call.start > 0
         self.bind_cache(run, call.cache)
         self._note_moved_rows(run, call)
         self.thread.run = run
@@ -88,8 +102,10 @@ class LivePasses:
             run.cache = weakref.ref(cache)  # a strong one would keep its memory
         except TypeError:  # a tuple, for instance
             return
-        known = {key: pair for key, pair in self._by_cache.items() if pair[0]() is not None}
-        self._by_cache = known | {id(cache): (run.cache, run)}
+        with self._lock:
+            # Another cache that this run had is of a prompt that was interrupted.
+            alive = {key: pair for key, pair in self._by_cache.items() if pair[0]() is not None and pair[1] is not run}
+            self._by_cache = alive | {id(cache): (run.cache, run)}
 
     def _note_moved_rows(self, run: LiveRun, call: ForwardCall) -> None:
         """Let the run know if rows moved inside its cache since the last pass, as in a beam search of the user's own."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lmprobe_tl.errors import InputError, MonitorError
+from lmprobe_tl.forward_watch import ForwardCall, prefill_in_progress
 from lmprobe_tl.history import History
-from lmprobe_tl.hook_points import ForwardCall
 from lmprobe_tl.live_columns import LiveColumns
 from lmprobe_tl.live_records import Alarm, first_alarms, verdicts_of
 from lmprobe_tl.live_rows import RowEnds
@@ -35,6 +35,7 @@ class LiveRun:
         self.repeats: LiveRun | None = None  # whose tokens these are again: what happened there does not happen anew
         self.events: list[Alarm] = []  # crossings that were looked at, in the order in which they happened
         self.cache: weakref.ref[Any] | None = None  # keys and values that this run's tokens are in
+        self.is_cached = False  # whether a pass went on from that cache
         self.mark: tuple[int, Tensor] | None = None  # how long that cache was, and its newest key, [batch d_head]
         self._bos, self._ends, self._keep_scores = bos_token_id, ends, keep_scores
         self._lock = threading.RLock()
@@ -84,8 +85,10 @@ class LiveRun:
                 self._columns = LiveColumns(
                     self.plan, len(tokens), tokens.device, self._bos, self._ends, keep_scores=self._keep_scores
                 )
-            # A generated token comes alone.
+            # A generated token comes alone; so may the last chunk of a prompt, before any is generated.
             generated = self.n_columns > 0 and tokens.shape[1] == 1
+            if generated and self.prompt_columns == self.n_columns:
+                generated = not prefill_in_progress()
             n_columns = call.start + call.tokens.shape[1]
             if not generated and self.prompt_columns == self.n_columns:
                 self.prompt_columns = n_columns
@@ -121,6 +124,9 @@ class LiveRun:
             self._columns.advance()
             found = self._columns.crossings.collect()
             new = self._events_at(self._columns, found) if found else []
+            # Where one token reached both thresholds of a cascade, the high one has the word, and nothing is deferred.
+            high = {(event.row, event.probe) for event in self.events + new if event.verdict == "positive"}
+            new = [event for event in new if event.verdict != "deferred" or (event.row, event.probe) not in high]
             if self.repeats is not None:
                 told = {(event.row, event.probe, event.verdict == "positive") for event in self.repeats.events}
                 new = [event for event in new if (event.row, event.probe, event.verdict == "positive") not in told]

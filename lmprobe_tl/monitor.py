@@ -46,6 +46,8 @@ class Monitor:
     begins a new run, a generation of its own. `runs` holds all of them; the methods here read the last one. Generations may
     take turns (generators, for instance): a run is known by its KV cache.
 
+    Callbacks may call the model, as a judge with another probe does; passes inside a callback are not scored.
+
     Threads: passes of different threads belong to different runs and never mix, where the model itself can be called from
     several threads (`hf_generate` can, `generate` cannot). Reading is safe at any time, from any thread.
     """
@@ -120,7 +122,7 @@ class Monitor:
     def _last_run(self, name: str | None) -> LiveRun:
         if name is not None and name not in self.plan.probes:
             raise InputError(f"no probe {name!r} is attached; attached are {list(self.plan.probes)}.")
-        self.check_fired()
+        self._check_fired(self._passes.thread.call is not None)  # another thread's pass may be on its way
         return self.runs[-1]
 
     def stopping_criteria(self) -> Any:
@@ -187,7 +189,9 @@ class Monitor:
                 "would not be scored. Attach the probes again after whatever removes hooks."
             )
         thread = self._passes.thread
-        thread.call, thread.partials = None, {}
+        if thread.is_telling:
+            return
+        thread.end_call()
         run = self._passes.run_of(call)
         if not run.n_columns:
             self._check_new_run(call)
@@ -196,6 +200,8 @@ class Monitor:
     def on_activations(self, hook_name: str, activations: Tensor) -> None:
         thread = self._passes.thread
         call, run = thread.call, thread.run
+        if thread.is_telling:
+            return
         if call is None or run is None or activations.shape[:2] != call.tokens.shape:
             expected = None if call is None else tuple(call.tokens.shape)
             raise MonitorError(
@@ -211,9 +217,13 @@ class Monitor:
         if len(thread.partials) == len(self.plan.hooks):
             partials = [thread.partials[name] for name in self.plan.hooks]
             run.add(call, self.plan.combine(partials, call.tokens.device))
-            thread.call, thread.partials = None, {}
+            thread.end_call()
             if self._asks:
-                self._tell(run)
+                thread.is_telling = True
+                try:
+                    self._tell(run)
+                finally:
+                    thread.is_telling = False
             elif not self._keep_scores:
                 run.settle()
 
@@ -229,6 +239,8 @@ class Monitor:
 
     def after_forward(self, output: Any) -> None:
         thread = self._passes.thread
+        if thread.is_telling:
+            return
         if thread.call is not None:
             missing = [name for name in self.plan.hooks if name not in thread.partials]
             thread.call = None
@@ -239,8 +251,7 @@ class Monitor:
         run = thread.run
         if run is None:
             return
-        if run.cache is None:
-            self._passes.bind_cache(run, cache_of(output))
+        self._passes.bind_cache(run, cache_of(output))
         logits = logits_of(output) if self._stop else None
         if logits is not None:
             # In place, as the tensor goes on to the sampler; one number a row, as the vocabulary is large.
@@ -252,7 +263,7 @@ class Monitor:
         search = search_in_progress()
         if search is not None:
             raise MonitorError(
-                f"{search} reorders rows or takes tokens back, where no hook sees it, so live scores would belong to other "
+                f"{search} reorders rows, takes tokens back or adds a text of its own, so live scores would belong to other "
                 "texts. Generate by sampling or greedily while probes are attached, or score the finished text with "
                 "score_prompts."
             )
@@ -277,12 +288,19 @@ class Monitor:
 
     def check_fired(self) -> None:
         """Raise ProbeNeverFiredError where a probe saw nothing, or not all of the last forward pass."""
+        self._check_fired(self._passes.unfinished)
+
+    def abandon(self) -> None:
+        """An exception ended the block: what was scored up to the last whole forward pass can be read."""
+        self._passes.abandon()
+
+    def _check_fired(self, unfinished: bool) -> None:
         never = [name for name in self.plan.hooks if name not in self._fired]
         if never:
             raise ProbeNeverFiredError(
                 f"probes {self._reading(never)} saw no activation: hook points {never} never fired. {_REPLACED}"
             )
-        if self._passes.unfinished or not self.runs[-1].n_columns:
+        if unfinished or not self.runs[-1].n_columns:
             raise ProbeNeverFiredError(
                 "the last forward pass did not reach all hook points of the attached probes. " + _REPLACED
             )
@@ -358,7 +376,11 @@ def attach_probes(
         stack.callback(ForwardWatch(model, monitor.before_forward, monitor.after_forward).remove)
         stack.callback(monitor.detach)
         monitor.attach(model)
-        yield monitor
+        try:
+            yield monitor
+        except BaseException:
+            monitor.abandon()
+            raise
         monitor.check_fired()
         for run in monitor.runs:
             run.check()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmprobe_tl.errors import InputError
 from lmprobe_tl.live_records import Escalate, Verdict
 from lmprobe_tl.live_reduction import LiveReduction
 from lmprobe_tl.probe_spec import ThresholdUnit
@@ -64,6 +65,13 @@ def watches_of(
             low.append(Watch(name, columns[name], cascade.low, cascade.unit, "deferred"))
             if cascade.high is not None:
                 value, unit = cascade.high, cascade.unit
+            elif not _lowest_reaching(reductions[name], cascade.low, cascade.unit) < _lowest_reaching(
+                reductions[name], value, unit
+            ):
+                raise InputError(
+                    f"Escalate: low is {cascade.low!r} ({cascade.unit}), and the threshold of probe {name!r} is {value!r} "
+                    f"({unit}); expected low below it. Give another low, or high."
+                )
         high.append(Watch(name, columns[name], value, unit, "positive"))
     lines = (*high, *low)
     values = torch.tensor(

@@ -157,12 +157,13 @@ def test_threads_have_runs_of_their_own(llama: Tiny) -> None:
         ({"num_beams": 2}, r"beam search \(num_beams > 1\)"),
         ({"num_beams": 2, "num_return_sequences": 2, "do_sample": True}, r"beam search"),
         ({"prompt_lookup_num_tokens": 2}, r"speculative decoding"),
+        ({"guidance_scale": 1.5}, r"classifier-free guidance \(guidance_scale\)"),
     ],
 )
 def test_searches_are_refused_by_name(gpt2: Tiny, options: dict[str, Any], name: str) -> None:
     tokens = torch.tensor([[BOS, 40, 50, 40, 50, 40, 50]])
     with (
-        pytest.raises(MonitorError, match=f"{name}.* reorders rows or takes tokens back"),
+        pytest.raises(MonitorError, match=f"{name}.* reorders rows, takes tokens back or adds a text"),
         attach_probes(gpt2.bridge, make_probe()),
     ):
         gpt2.bridge.hf_generate(tokens, **{**GREEDY, **options})
