@@ -103,10 +103,10 @@ class LiveColumns:
 
     def confirm(self, row: int, column: int) -> None:
         """A judge's word for an alarm in this row, which `column` deferred."""
-        self._alarmed = self._alarmed.index_fill(0, torch.tensor([row], device=self._alarmed.device), True)
-        if self._confirmed_at is None:
-            self._confirmed_at = self.crossings.alarm_column()
-        self._confirmed_at[row] = column
+        here = torch.arange(self.n_rows, device=self._alarmed.device) == row
+        self._alarmed = self._alarmed | here
+        before = self.crossings.alarm_column() if self._confirmed_at is None else self._confirmed_at
+        self._confirmed_at = torch.where(here, before.clamp(max=column), before)
 
     def advance(self) -> None:
         """Reduce and settle all columns so far."""

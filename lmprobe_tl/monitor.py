@@ -224,8 +224,6 @@ class Monitor:
                     self._tell(run)
                 finally:
                     thread.is_telling = False
-            elif not self._keep_scores:
-                run.settle()
 
     def _tell(self, run: LiveRun) -> None:
         for event in run.collect():

@@ -395,6 +395,30 @@ def test_a_token_that_reaches_both_thresholds_is_positive_and_no_judge_is_asked(
     assert [alarm.verdict for alarm in monitor.events] == ["positive"]
 
 
+def test_judges_of_two_probes_may_confirm_one_row_in_passes_of_any_kind(llama: Tiny) -> None:
+    module, steps = llama.bridge.original_model, [PROMPT, [62], [63], [64], [65]]
+    ids = [token for step in steps for token in step]
+    for seed in range(100):  # a probe that reaches its highest score after the prompt
+        later = make_probe("later", seed=seed)
+        tops = later.logits(features_of(llama, ids, later))[1:]
+        if tops.argmax() > len(PROMPT):
+            break
+    low = float(tops[tops.argmax()] - 1e-3)
+    cascades = {
+        "p": Escalate(low=1e-6, high=1 - 1e-6, judge=lambda alarm, _: True),
+        "later": Escalate(low=low, high=low + 9, unit="logit", judge=lambda alarm, _: True),
+    }
+    with attach_probes(llama.bridge, [make_probe(), later], escalate=cascades, eos_token_id=[]) as monitor:
+        cache = None
+        for at, step in enumerate(steps):
+            with torch.inference_mode() if at == 0 else torch.no_grad():
+                cache = module(torch.tensor([step]), past_key_values=cache, use_cache=True).past_key_values
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    found = [(event.probe, event.position, event.verdict) for event in monitor.events]
+    assert found == [("p", 1, "confirmed"), ("later", int(tops.argmax()) + 1, "confirmed")]
+
+
 @pytest.mark.parametrize(("own", "unit"), [(0.2, "probability"), (0.9, "probability"), (1.0, "logit")])
 def test_a_low_threshold_above_the_probes_own_is_refused(gpt2: Tiny, own: float, unit: Any) -> None:
     probe = make_probe().with_threshold(own, unit=unit)
