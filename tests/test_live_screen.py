@@ -354,7 +354,6 @@ def test_the_size_is_that_of_the_window_at_the_moment(monkeypatch: pytest.Monkey
         ({}, True),
         ({"NO_COLOR": "1"}, True),
         ({"TERM": "dumb"}, False),
-        ({"TTY_COMPATIBLE": "0"}, False),
     ],
 )
 def test_a_terminal_is_live_unless_it_says_that_it_cannot(settings: dict[str, str], live: bool) -> None:
