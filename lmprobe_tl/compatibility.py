@@ -10,6 +10,7 @@ from typing import Any
 from lmprobe_tl.errors import IncompatibleProbeError, InputError, ModelMismatchWarning
 from lmprobe_tl.hook_points import layer_count, model_record, unknown_hook_point, width
 from lmprobe_tl.probe_file import load_probe
+from lmprobe_tl.probe_spec import ModelRecord, ProbeSpec
 from lmprobe_tl.tokens import tokenizer_record
 from lmprobe_tl.weights import SUM_TOLERANCE, ProbeWeights
 
@@ -52,43 +53,49 @@ def recorded_prepend_bos(probes: Sequence[ProbeWeights]) -> bool | None:
     return recorded.pop() if recorded else None
 
 
-def check_compatible(model: Any, weights: ProbeWeights, *, strict: bool = False) -> None:
+def check_compatible(model: Any, probes: Sequence[ProbeWeights], *, strict: bool = False) -> None:
     """Raise where a probe cannot score this model; warn, or raise if `strict`, where it was made with another one."""
-    spec = weights.spec
-    for hook_name in spec.hook_points:
-        if hook_name not in model.hook_dict:
-            raise IncompatibleProbeError(f"probe {spec.name!r} cannot be attached: {unknown_hook_point(model, hook_name)}")
-    if spec.d_model != width(model):
-        raise IncompatibleProbeError(
-            f"probe {spec.name!r} expects d_model {spec.d_model}, but this model has {width(model)}. It was trained on "
-            f"{spec.model.id if spec.model else 'another model'!r}; load that model."
-        )
-    if spec.n_layers is not None and spec.n_layers != layer_count(model):
-        raise IncompatibleProbeError(
-            f"probe {spec.name!r} was trained on a model of {spec.n_layers} layers, but this one has {layer_count(model)}."
-        )
-    for difference in _differences(model, weights):
-        if strict:
-            raise IncompatibleProbeError(f"probe {spec.name!r}: {difference}")
-        warnings.warn(
-            f"probe {spec.name!r}: {difference} Its scores may mean something else.", ModelMismatchWarning, stacklevel=5
-        )
+    # Of a thousand probes, each would ask the model for the same again.
+    hook_points, here = model.hook_dict, model_record(model)
+    known = getattr(model, "tokenizer", None) is not None and any(one.spec.tokenizer.fingerprint for one in probes)
+    vocabulary = tokenizer_record(model, None).fingerprint if known else None
+    for weights in probes:
+        spec = weights.spec
+        for hook_name in spec.hook_points:
+            if hook_name not in hook_points:
+                raise IncompatibleProbeError(
+                    f"probe {spec.name!r} cannot be attached: {unknown_hook_point(model, hook_name)}"
+                )
+        if spec.d_model != width(model):
+            raise IncompatibleProbeError(
+                f"probe {spec.name!r} expects d_model {spec.d_model}, but this model has {width(model)}. It was trained on "
+                f"{spec.model.id if spec.model else 'another model'!r}; load that model."
+            )
+        if spec.n_layers is not None and spec.n_layers != layer_count(model):
+            raise IncompatibleProbeError(
+                f"probe {spec.name!r} was trained on a model of {spec.n_layers} layers, but this one has "
+                f"{layer_count(model)}."
+            )
+        for difference in _differences(spec, here, vocabulary):
+            if strict:
+                raise IncompatibleProbeError(f"probe {spec.name!r}: {difference}")
+            warnings.warn(
+                f"probe {spec.name!r}: {difference} Its scores may mean something else.", ModelMismatchWarning, stacklevel=5
+            )
 
 
-def _differences(model: Any, weights: ProbeWeights) -> Iterator[str]:
-    there, here = weights.spec.model, model_record(model)
-    if there is not None and there.config_fingerprint is not None and there.config_fingerprint != here.config_fingerprint:
+def _differences(spec: ProbeSpec, here: ModelRecord, vocabulary: str | None) -> Iterator[str]:
+    there = spec.model
+    if there.config_fingerprint is not None and there.config_fingerprint != here.config_fingerprint:
         yield (
             f"trained on {there.id!r} (config {there.config_fingerprint}), "
             f"attached to {here.id!r} ({here.config_fingerprint})."
         )
-    elif there is not None and there.id is not None and not _same_name(there.id, here.id):
+    elif there.id is not None and not _same_name(there.id, here.id):
         yield f"trained on {there.id!r}, attached to {here.id!r}, a model of the same shape."
-    fingerprint = weights.spec.tokenizer.fingerprint if weights.spec.tokenizer else None
-    if fingerprint is not None and getattr(model, "tokenizer", None) is not None:
-        found = tokenizer_record(model, None).fingerprint
-        if fingerprint != found:
-            yield f"trained with another tokenizer (vocabulary {fingerprint}, here {found})."
+    fingerprint = spec.tokenizer.fingerprint
+    if fingerprint is not None and vocabulary is not None and fingerprint != vocabulary:
+        yield f"trained with another tokenizer (vocabulary {fingerprint}, here {vocabulary})."
 
 
 def _same_name(one: str, other: str | None) -> bool:

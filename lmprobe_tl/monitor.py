@@ -357,8 +357,7 @@ def attach_probes(
     """
     model = load_model(model)
     loaded = as_probes(probes)
-    for weights in loaded:
-        check_compatible(model, weights, strict=strict)
+    check_compatible(model, loaded, strict=strict)
     _check_no_dropout(model)
     monitor = Monitor(
         model,
