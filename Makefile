@@ -19,7 +19,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What live scoring costs, against bare steps; half an hour on two cores. Leave the machine alone meanwhile.
+# What live scoring costs, against bare steps; long. Leave the machine alone meanwhile.
 bench-live: .venv/installed
 	$(BIN)/python -m benchmarks.bench_live
 
