@@ -29,10 +29,11 @@ import numpy as np
 import torch
 
 from lmprobe_tl import ProbeWeights
+from lmprobe_tl.attach import attach_probes
 from lmprobe_tl.demo import load_demo_model
 from lmprobe_tl.errors import ModelMismatchWarning
 from lmprobe_tl.hook_points import ForwardCall, ForwardWatch
-from lmprobe_tl.monitor import Monitor, attach_probes
+from lmprobe_tl.monitor import Monitor
 from lmprobe_tl.probe_spec import PoolingRecord
 from lmprobe_tl.reductions import make_online
 

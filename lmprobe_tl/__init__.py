@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmprobe_tl import pooling
+    from lmprobe_tl.attach import attach_probes
     from lmprobe_tl.calibration import Calibration
     from lmprobe_tl.evaluation import Evaluation
     from lmprobe_tl.extraction import ExtractedActivations, extract_activations
     from lmprobe_tl.generation import GenerationResult, monitored_generate
-    from lmprobe_tl.live_calibration import calibrate_probe
-    from lmprobe_tl.live_evaluation import LiveEvaluation, evaluate_live
-    from lmprobe_tl.live_records import Alarm, Escalate, TokenEvent
-    from lmprobe_tl.live_run import LiveRun
-    from lmprobe_tl.monitor import Monitor, attach_probes
+    from lmprobe_tl.live.calibration import calibrate_probe
+    from lmprobe_tl.live.evaluation import LiveEvaluation, evaluate_live
+    from lmprobe_tl.live.records import Alarm, Escalate, TokenEvent
+    from lmprobe_tl.live.run import LiveRun
+    from lmprobe_tl.monitor import Monitor
     from lmprobe_tl.probe import Probe
     from lmprobe_tl.probe_file import load_probe
     from lmprobe_tl.reductions import ReductionParameter, register_reduction
@@ -31,22 +32,22 @@ __version__ = "0.1.0"
 
 # Where each public name lives: it is imported when it is first used (PEP 562), so that `import lmprobe_tl` costs nothing.
 _HOMES = {
-    "Alarm": "live_records",
+    "Alarm": "live.records",
     "Calibration": "calibration",
-    "Escalate": "live_records",
+    "Escalate": "live.records",
     "Evaluation": "evaluation",
     "ExtractedActivations": "extraction",
     "GenerationResult": "generation",
-    "LiveEvaluation": "live_evaluation",
-    "LiveRun": "live_run",
+    "LiveEvaluation": "live.evaluation",
+    "LiveRun": "live.run",
     "Monitor": "monitor",
     "Probe": "probe",
     "ProbeWeights": "weights",
     "ReductionParameter": "reductions",
-    "TokenEvent": "live_records",
-    "attach_probes": "monitor",
-    "calibrate_probe": "live_calibration",
-    "evaluate_live": "live_evaluation",
+    "TokenEvent": "live.records",
+    "attach_probes": "attach",
+    "calibrate_probe": "live.calibration",
+    "evaluate_live": "live.evaluation",
     "extract_activations": "extraction",
     "load_probe": "probe_file",
     "monitored_generate": "generation",

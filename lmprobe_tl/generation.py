@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmprobe_tl.attach import attach_probes
 from lmprobe_tl.compatibility import as_probes, recorded_prepend_bos
 from lmprobe_tl.errors import InputError, PromptTooLongError
 from lmprobe_tl.generate_call import generate_without_mask, ignores
 from lmprobe_tl.hook_points import context_length, device_of, end_of_sequence_ids, forward_once, inference_mode, load_model
-from lmprobe_tl.live_records import Alarm, Escalate, OnCrossing, OnToken, first_alarms, verdicts_of
-from lmprobe_tl.live_run import LiveRun
-from lmprobe_tl.monitor import Monitor, attach_probes
+from lmprobe_tl.live.records import Alarm, Escalate, OnCrossing, OnToken, first_alarms, verdicts_of
+from lmprobe_tl.live.run import LiveRun
+from lmprobe_tl.monitor import Monitor
 from lmprobe_tl.tokens import Prompt, pad_id, pad_rows, tokenize_prompts
 
 

@@ -31,7 +31,7 @@ from lmprobe_tl.hook_points import (
 )
 from lmprobe_tl.inference import TokenOutputs, prompt_outputs, token_outputs
 from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
-from lmprobe_tl.live_calibration import CalibrationGoal, check_unseen, measure_calibration, score_settings
+from lmprobe_tl.live.calibration import CalibrationGoal, check_unseen, measure_calibration, score_settings
 from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, resolve_pooling
 from lmprobe_tl.probe_spec import PoolingRecord, ProbeSpec, TrainingRecord
 from lmprobe_tl.provenance import classifier_name, data_hash, package_versions

@@ -9,10 +9,10 @@ from typing import Any
 from lmprobe_tl.colours import score_colour
 from lmprobe_tl.demo.main_job import DemoResult, interval_text
 from lmprobe_tl.generation import GenerationResult
+from lmprobe_tl.live.watches import threshold_logit
 from lmprobe_tl.probe_file import load_probe
 from lmprobe_tl.probe_summary import probe_summary
 from lmprobe_tl.token_text import TokenText
-from lmprobe_tl.watches import threshold_logit
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;

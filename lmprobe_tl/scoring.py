@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lmprobe_tl.attach import attach_probes
 from lmprobe_tl.compatibility import as_probes, as_weights, recorded_prepend_bos
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.hook_points import device_of, load_model, run_to_hook_points
-from lmprobe_tl.live_reduction import live_reduction
-from lmprobe_tl.monitor import Monitor, attach_probes
+from lmprobe_tl.live.reduction import live_reduction
+from lmprobe_tl.live.watches import threshold_of
+from lmprobe_tl.monitor import Monitor
 from lmprobe_tl.probe_spec import ThresholdUnit
 from lmprobe_tl.tokens import (
     Prompt,
@@ -27,7 +29,6 @@ from lmprobe_tl.tokens import (
     pad_rows,
     tokenize_prompts,
 )
-from lmprobe_tl.watches import threshold_of
 from lmprobe_tl.weights import ProbeWeights
 
 

@@ -39,7 +39,7 @@ CODE = ["import os", "x = 1", "def f(x):", "return y", "for i in x:", "class C:"
 TEXTS = [f"{text} {at}" for at, text in enumerate(PROSE + CODE)]
 LABELS = [1] * len(PROSE) + [0] * len(CODE)
 PROMPTS = ["It was a good idea", "import sys", "y = f(x)  # 'a, b'", "é 😀\u2028."]
-STARTS = "import sys; from lmprobe_tl.cli import main; main()"
+STARTS = "import sys; from lmprobe_tl.cli.app import main; main()"
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Ran(code, printed.out, printed.err)
 
     return call
+
+
+def no_model_may_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    for command in ("calibrate", "fit", "generate", "score"):
+        monkeypatch.setattr(f"lmprobe_tl.cli.{command}.load_or_demo", never)
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -347,7 +355,7 @@ def test_calibrate_fails_in_one_line_before_the_model_is_loaded(
     arguments: list[str],
     says: str,
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+    no_model_may_load(monkeypatch)
     monkeypatch.chdir(tmp_path)
     names = {**probes, "probe": probes["prose"], "negatives": lines_of(tmp_path / "n.txt", HARMLESS)}
     before = probes["prose"].read_bytes()
@@ -734,10 +742,7 @@ def test_an_error_is_one_line_even_if_what_it_names_is_not(run: Run, tmp_path: P
 def test_what_is_certain_to_fail_fails_before_the_model_is_loaded(
     run: Run, probes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: Any) -> Any:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(cli, "_load", never)
+    no_model_may_load(monkeypatch)
     data = jsonl(tmp_path / "d.jsonl", ["a", "b", "c"], [1, 0, 0])
     prompts = write(tmp_path / "p.txt", "a\n")
     assert run("fit", data, "-o", tmp_path / "x.safetensors").error
@@ -754,7 +759,7 @@ def test_a_defect_of_the_program_is_not_passed_off_as_an_error_of_the_user(
     def broken(*_: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "read_labelled", broken)
+    monkeypatch.setattr("lmprobe_tl.cli.fit.read_labelled", broken)
     with pytest.raises(ZeroDivisionError):
         run("fit", "d.csv", "-o", "x.safetensors")
 
@@ -763,7 +768,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(run: Run, monkeypatch: pytest.Mon
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "read_labelled", interrupted)
+    monkeypatch.setattr("lmprobe_tl.cli.fit.read_labelled", interrupted)
     ran = run("fit", "d.csv", "-o", "x.safetensors")
     assert ran == Ran(130, "", "lmprobe-tl: interrupted\n")
 
@@ -786,7 +791,7 @@ def test_a_terminal_that_lacks_characters_stops_nothing(
 def environment() -> dict[str, str]:
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return buffered | {
-        "PYTHONPATH": str(Path(cli.__file__).parents[1]),
+        "PYTHONPATH": str(Path(cli.__file__).parents[2]),
         "OMP_NUM_THREADS": "1",
         "PYTHONIOENCODING": "utf-8",
     }

@@ -47,7 +47,7 @@ def test_readme_code_runs(readme_folder: Path) -> None:
 def test_readme_commands_run(
     readme_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lmprobe_tl.cli import main
+    from lmprobe_tl.cli.app import main
 
     monkeypatch.chdir(readme_folder)
     Path("prompts.txt").write_text("# a comment\nx = 1\n")

@@ -24,7 +24,7 @@ from live_reference import (
 
 from lmprobe_tl.errors import InputError, MonitorError, PromptTooLongError
 from lmprobe_tl.generation import GenerationResult, monitored_generate
-from lmprobe_tl.live_records import TokenEvent
+from lmprobe_tl.live.records import TokenEvent
 from lmprobe_tl.weights import ProbeWeights
 
 NEW = 8

@@ -25,11 +25,11 @@ from live_reference import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmprobe_tl.attach import attach_probes
 from lmprobe_tl.errors import InputError, MonitorError, ProbeNeverFiredError
-from lmprobe_tl.live_records import Alarm, Escalate
-from lmprobe_tl.monitor import attach_probes
+from lmprobe_tl.live.records import Alarm, Escalate
+from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.scoring import score_prompts
-from lmprobe_tl.scoring_plan import ScoringPlan
 
 NEW = 6
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from lmprobe_tl import LiveEvaluation, evaluate_live, load_probe
 from lmprobe_tl.errors import EmptyMaskError, InputError, PromptTooLongError
-from lmprobe_tl.live_sequences import LiveSequence
+from lmprobe_tl.live.sequences import LiveSequence
 from lmprobe_tl.probe_spec import MetricRecord
 from lmprobe_tl.weights import ProbeWeights
 

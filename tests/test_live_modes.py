@@ -24,8 +24,8 @@ from live_reference import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmprobe_tl.attach import attach_probes
 from lmprobe_tl.errors import MonitorError, ProbeNeverFiredError
-from lmprobe_tl.monitor import attach_probes
 
 NEW = 5
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}

@@ -24,9 +24,9 @@ from rich.segment import Segment
 from rich.style import Style
 from tiny_terminal import Screen, TinyTerminal
 
-from lmprobe_tl import live_screen
-from lmprobe_tl.growing_text import GrowingText
-from lmprobe_tl.live_screen import LiveScreen, PlainOutput, is_live
+from lmprobe_tl.terminal import live_screen
+from lmprobe_tl.terminal.growing_text import GrowingText
+from lmprobe_tl.terminal.live_screen import LiveScreen, PlainOutput, is_live
 
 PAINTS = [None, Style(color="#000000", bgcolor="#79b4eb"), Style(color="#000000", bgcolor="#f0a03d")]
 END = [[Segment("the end")]]

@@ -21,10 +21,10 @@ from live_reference import (
 )
 from torch import Tensor
 
+from lmprobe_tl.attach import attach_probes
 from lmprobe_tl.errors import InputError, MonitorError
 from lmprobe_tl.generation import monitored_generate
-from lmprobe_tl.live_records import Alarm, Escalate
-from lmprobe_tl.monitor import attach_probes
+from lmprobe_tl.live.records import Alarm, Escalate
 from lmprobe_tl.weights import ProbeWeights
 
 NEW = 8

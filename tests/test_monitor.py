@@ -29,6 +29,7 @@ from live_reference import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmprobe_tl.attach import attach_probes
 from lmprobe_tl.errors import (
     IncompatibleProbeError,
     InputError,
@@ -38,8 +39,8 @@ from lmprobe_tl.errors import (
     ProbeNeverFiredError,
 )
 from lmprobe_tl.hook_points import ForwardCall, model_record
-from lmprobe_tl.live_records import TokenEvent
-from lmprobe_tl.monitor import Monitor, attach_probes
+from lmprobe_tl.live.records import TokenEvent
+from lmprobe_tl.monitor import Monitor
 from lmprobe_tl.tokens import tokenizer_record
 from lmprobe_tl.weights import ProbeWeights
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lmprobe_tl.cli.data_files import read_labelled, read_prompts, read_standard_input, write_records
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.records import read_labelled, read_prompts, read_standard_input, write_records
 
 # Line ends to str.splitlines, but not to anybody who writes JSONL, CSV or lines of text.
 NO_LINE_ENDS = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i"

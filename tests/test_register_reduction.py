@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lmprobe_tl import Probe, ReductionParameter, attach_probes, load_probe, register_reduction, score_prompts
 from lmprobe_tl.errors import IncompatibleProbeError, InputError, PoolingMismatchWarning
-from lmprobe_tl.live_reduction import live_reduction
+from lmprobe_tl.live.reduction import live_reduction
 from lmprobe_tl.pooling import get_pooling_fn, parse_pooling_strategy, pool_all, reduce_scores, resolve_pooling
 from lmprobe_tl.reductions import REDUCTIONS, _unregister, make_online, reduce_batch
 

@@ -14,11 +14,11 @@ from live_reference import make_probe
 from torch import Tensor
 
 from lmprobe_tl.errors import IncompatibleProbeError, InputError
-from lmprobe_tl.live_reduction import live_reduction
+from lmprobe_tl.live.reduction import live_reduction
+from lmprobe_tl.live.scoring_plan import ScoringPlan
+from lmprobe_tl.live.watches import threshold_logit, threshold_of
 from lmprobe_tl.pooling import reduce_scores
 from lmprobe_tl.reductions import make_online
-from lmprobe_tl.scoring_plan import ScoringPlan
-from lmprobe_tl.watches import threshold_logit, threshold_of
 
 HOOKS = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(4))
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.segment import Segment
 
 from lmprobe_tl.colours import share_colour
-from lmprobe_tl.status_line import LiveStatus, status_line, summary_line
-from lmprobe_tl.token_style import TokenStyle
+from lmprobe_tl.terminal.status_line import LiveStatus, status_line, summary_line
+from lmprobe_tl.terminal.token_style import TokenStyle
 
 PLAIN = TokenStyle(Console(file=io.StringIO(), _environ={}))
 COLOURED = TokenStyle(Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", _environ={}))

@@ -19,8 +19,8 @@ from rich.console import Console
 from tiny_terminal import Screen
 
 from lmprobe_tl.colours import score_colour
-from lmprobe_tl.live_records import Alarm, TokenEvent
-from lmprobe_tl.terminal import TokenPrinter
+from lmprobe_tl.live.records import Alarm, TokenEvent
+from lmprobe_tl.terminal.printer import TokenPrinter
 from lmprobe_tl.token_text import TokenText
 from lmprobe_tl.weights import ProbeWeights
 

@@ -29,7 +29,7 @@ from lmprobe_tl.demo.task import (
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.evaluation import Evaluation
 from lmprobe_tl.generation import GenerationResult, monitored_generate
-from lmprobe_tl.live_records import TokenEvent
+from lmprobe_tl.live.records import TokenEvent
 from lmprobe_tl.metrics import Interval, auroc, bootstrap_interval
 from lmprobe_tl.probe import Probe
 from lmprobe_tl.probe_file import load_probe

@@ -17,7 +17,7 @@ from reference import PROMPTS, assert_monitor, assert_row, expected_logits, make
 from lmprobe_tl import attach_probes, monitored_generate
 from lmprobe_tl.errors import IncompatibleProbeError, InputError, MonitorError, ProbeNeverFiredError
 from lmprobe_tl.generation import GenerationResult
-from lmprobe_tl.live_events import TokenEvent
+from lmprobe_tl.live.events import TokenEvent
 from lmprobe_tl.weights import ProbeWeights
 
 NEW = 8

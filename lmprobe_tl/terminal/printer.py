@@ -15,13 +15,13 @@ from rich.segment import Segment
 from rich.style import Style
 
 from lmprobe_tl.colours import score_share
-from lmprobe_tl.live_records import Alarm, TokenEvent
-from lmprobe_tl.live_reduction import live_reduction
-from lmprobe_tl.live_screen import LiveScreen, PlainOutput, is_live
-from lmprobe_tl.status_line import LiveStatus, status_line, summary_line
-from lmprobe_tl.token_style import TokenStyle
+from lmprobe_tl.live.records import Alarm, TokenEvent
+from lmprobe_tl.live.reduction import live_reduction
+from lmprobe_tl.live.watches import threshold_logit, threshold_of
+from lmprobe_tl.terminal.live_screen import LiveScreen, PlainOutput, is_live
+from lmprobe_tl.terminal.status_line import LiveStatus, status_line, summary_line
+from lmprobe_tl.terminal.token_style import TokenStyle
 from lmprobe_tl.token_text import TokenText
-from lmprobe_tl.watches import threshold_logit, threshold_of
 from lmprobe_tl.weights import ProbeWeights
 
 # Around flagged text.

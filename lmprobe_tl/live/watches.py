@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.live_records import Escalate, Verdict
-from lmprobe_tl.live_reduction import LiveReduction
+from lmprobe_tl.live.records import Escalate, Verdict
+from lmprobe_tl.live.reduction import LiveReduction
 from lmprobe_tl.probe_spec import ThresholdUnit
 from lmprobe_tl.weights import ProbeWeights
 

@@ -9,9 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lmprobe_tl.live_records import Escalate
-from lmprobe_tl.live_reduction import LiveReduction, live_reduction, sigmoid
-from lmprobe_tl.watches import watches_of
+from lmprobe_tl.live.records import Escalate
+from lmprobe_tl.live.reduction import LiveReduction, live_reduction, sigmoid
+from lmprobe_tl.live.watches import watches_of
 from lmprobe_tl.weights import ProbeWeights
 
 

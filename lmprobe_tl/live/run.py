@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lmprobe_tl.errors import InputError, MonitorError
 from lmprobe_tl.forward_watch import ForwardCall, prefill_in_progress
-from lmprobe_tl.history import History
-from lmprobe_tl.live_columns import LiveColumns
-from lmprobe_tl.live_records import Alarm, first_alarms, verdicts_of
-from lmprobe_tl.live_rows import RowEnds
-from lmprobe_tl.scoring_plan import ScoringPlan
+from lmprobe_tl.live.columns import LiveColumns
+from lmprobe_tl.live.history import History
+from lmprobe_tl.live.records import Alarm, first_alarms, verdicts_of
+from lmprobe_tl.live.rows import RowEnds
+from lmprobe_tl.live.scoring_plan import ScoringPlan
 
 
 class LiveRun:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lmprobe_tl.live_records import OnToken, TokenEvent
-from lmprobe_tl.live_run import LiveRun
+from lmprobe_tl.live.records import OnToken, TokenEvent
+from lmprobe_tl.live.run import LiveRun
 
 
 class EventReporter:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmprobe_tl.errors import MonitorError
 from lmprobe_tl.hook_points import ForwardCall, cache_mark
-from lmprobe_tl.live_run import LiveRun
+from lmprobe_tl.live.run import LiveRun
 
 
 @dataclass

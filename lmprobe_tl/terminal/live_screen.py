@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
 from rich.style import Style
 
-from lmprobe_tl.growing_text import GrowingText, Piece, control
+from lmprobe_tl.terminal.growing_text import GrowingText, Piece, control
 
 # A terminal draws at most this often; what comes in between waits.
 _INTERVAL_S = 0.08

@@ -14,12 +14,12 @@ from lmprobe_tl.compatibility import as_probes, recorded_prepend_bos
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.labels import check_labels
-from lmprobe_tl.live_sequences import LiveSequence, continued_texts, rows_to_continue, whole_texts
+from lmprobe_tl.live.sequences import LiveSequence, continued_texts, rows_to_continue, whole_texts
+from lmprobe_tl.live.watches import threshold_of
 from lmprobe_tl.metrics import Interval, auroc, bootstrap_interval
 from lmprobe_tl.probe_spec import LIVE_METRIC_PREFIX, MetricRecord
 from lmprobe_tl.scoring import live_unit, prompt_rows
 from lmprobe_tl.tokens import Prompt, Truncation, check_prompts
-from lmprobe_tl.watches import threshold_of
 from lmprobe_tl.weights import ProbeWeights
 
 

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.generation import GenerationResult, monitored_generate
 from lmprobe_tl.hook_points import context_length
-from lmprobe_tl.live_records import Alarm
-from lmprobe_tl.live_reduction import live_reduction
+from lmprobe_tl.live.records import Alarm
+from lmprobe_tl.live.reduction import live_reduction
+from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.monitor import Monitor
 from lmprobe_tl.reductions import make_online
 from lmprobe_tl.scoring import live_unit, score_batches
-from lmprobe_tl.scoring_plan import ScoringPlan
 from lmprobe_tl.tokens import Prompt, batches_by_length, bos_id, check_rows_count, tokenize_prompts, without_bos
 from lmprobe_tl.weights import ProbeWeights
 

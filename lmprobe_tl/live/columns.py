@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmprobe_tl.crossings import Crossings
-from lmprobe_tl.history import History
-from lmprobe_tl.live_rows import LiveRows, RowEnds
+from lmprobe_tl.live.crossings import Crossings
+from lmprobe_tl.live.history import History
+from lmprobe_tl.live.rows import LiveRows, RowEnds
+from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.reductions import make_online
-from lmprobe_tl.scoring_plan import ScoringPlan
 
 # Generated columns that wait for the next round of work; fewer where somebody asks.
 _WAITING = 64

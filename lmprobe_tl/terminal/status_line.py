@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rich.segment import Segment
 
-from lmprobe_tl.token_style import TokenStyle
+from lmprobe_tl.terminal.token_style import TokenStyle
 
 _GAP = "  "
 _SMALLEST_GAUGE, _LARGEST_GAUGE = 7, 31  # columns between the brackets; odd, so that the threshold is the middle one

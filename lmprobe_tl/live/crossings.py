@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmprobe_tl.scoring_plan import ScoringPlan
+from lmprobe_tl.live.scoring_plan import ScoringPlan
 
 _NEVER = 2**62
 

@@ -1,0 +1,55 @@
+"""What several commands share: options, how a model is loaded, checks of paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lmprobe_tl.errors import InputError
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Name or local folder of a model; without it, the embedded demo model.")
+]
+ProbeArgument = Annotated[Path, typer.Argument(help="A probe file (.safetensors).")]
+BosOption = Annotated[
+    bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS; by default as the model (fit) or the probe file says.")
+]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts in one forward pass.")]
+
+
+def load_or_demo(model: str | None) -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    hush()
+    if model is None:
+        from lmprobe_tl.demo import load_demo_model
+
+        return load_demo_model()
+    from lmprobe_tl.hook_points import load_model
+
+    return load_model(model)
+
+
+def hush() -> None:
+    """Loading a model prints bars and notes of its own; they are no news here."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def parse_hook_points(text: str) -> Any:
+    def one(part: str) -> int | str:
+        return int(part) if re.fullmatch(r"-?[0-9]+", part) else part
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return "all" if parts == ["all"] else [one(part) for part in parts]
+
+
+def check_folder_of(out: Path) -> None:
+    folder = out.resolve().parent
+    if not folder.is_dir():
+        raise InputError(f"--out is {str(out)!r}, but there is no folder {str(folder)!r}.")

@@ -1,0 +1,1 @@
+"""Generation with live scores on a terminal: `printer.TokenPrinter` and its parts."""
