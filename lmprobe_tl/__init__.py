@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmprobe_tl import pooling
+    from lmprobe_tl.activation_store import ActivationStore
     from lmprobe_tl.attach import attach_probes
     from lmprobe_tl.calibration import Calibration
     from lmprobe_tl.evaluation import Evaluation
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
     from lmprobe_tl.probe_file import load_probe
     from lmprobe_tl.reductions import ReductionParameter, register_reduction
     from lmprobe_tl.scoring import score_prompts, sequence_maxima
+    from lmprobe_tl.store.merging import merge_stores
+    from lmprobe_tl.store.writing import extract_to_store
     from lmprobe_tl.weights import ProbeWeights
 
 __version__ = "0.1.0"
 
 # Where each public name lives: it is imported when it is first used (PEP 562), so that `import lmprobe_tl` costs nothing.
 _HOMES = {
+    "ActivationStore": "activation_store",
     "Alarm": "live.records",
     "Calibration": "calibration",
     "Escalate": "live.records",
@@ -49,7 +53,9 @@ _HOMES = {
     "calibrate_probe": "live.calibration",
     "evaluate_live": "live.evaluation",
     "extract_activations": "extraction",
+    "extract_to_store": "store.writing",
     "load_probe": "probe_file",
+    "merge_stores": "store.merging",
     "monitored_generate": "generation",
     "register_reduction": "reductions",
     "score_prompts": "scoring",
@@ -57,6 +63,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ActivationStore",
     "Alarm",
     "Calibration",
     "Escalate",
@@ -74,7 +81,9 @@ __all__ = [
     "calibrate_probe",
     "evaluate_live",
     "extract_activations",
+    "extract_to_store",
     "load_probe",
+    "merge_stores",
     "monitored_generate",
     "pooling",
     "register_reduction",

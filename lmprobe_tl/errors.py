@@ -8,6 +8,7 @@ LmprobeError
 |   `- UnknownHookPointError (KeyError)    a hook point that the model does not have
 |- NonlinearClassifierError (TypeError)    a classifier that no linear rule reproduces: it cannot be saved or run live
 |- ProbeFileError (ValueError)             a probe file that cannot be read or written
+|- StoreError (ValueError)                 an activation store that is damaged, incomplete, or of other data
 |- IncompatibleProbeError (ValueError)     a probe that cannot score this model
 `- MonitorError (RuntimeError)             live scores that would be missing or wrong
     `- ProbeNeverFiredError                a probe whose hook points saw no activation
@@ -60,6 +61,10 @@ class NonlinearClassifierError(LmprobeError, TypeError):
 
 class ProbeFileError(LmprobeError, ValueError):
     """A probe file that is damaged, of another format or version, or cannot be written."""
+
+
+class StoreError(LmprobeError, ValueError):
+    """An activation store that is damaged or incomplete, or that holds something else than was asked for."""
 
 
 class IncompatibleProbeError(LmprobeError, ValueError):

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
+import numpy as np
 import torch
-from einops import reduce
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from lmprobe_tl.batch_pooling import BatchPooler, Strategy, activation_poolings
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.hook_points import (
-    HookPoints,
-    device_of,
-    end_of_sequence_ids,
-    load_model,
-    resolve_hook_points,
-    run_to_hook_points,
-)
-from lmprobe_tl.pooling import PoolingStrategy, get_pooling_fn, parse_pooling_strategy, pool_eos
+from lmprobe_tl.forward_batches import Batch, run_batches
+from lmprobe_tl.hook_points import HookPoints, end_of_sequence_ids, load_model, resolve_hook_points
 from lmprobe_tl.tokens import (
+    MAX_TOKENS_PER_BATCH,
     Prompt,
     Truncation,
-    batches_by_length,
     bos_id,
     check_rows_count,
     counted_lengths,
-    pad_id,
-    pad_rows,
     tokenize_prompts,
-    without_bos,
 )
-
-# These pick one of all real tokens; all others leave BOS out unless it is included.
-_SEES_BOS = ("last_token", "first_token")
 
 
 @dataclass(frozen=True)
@@ -62,42 +48,63 @@ class ExtractedActivations:
         return torch.cat(list(self.values.values()), dim=-1)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One batch on its way through the model: `indices` of its prompts, `tokens`, `attention_mask` (real tokens, int64) and
-    `counted` (real tokens without BOS, bool), all [batch pos] on the model's device."""
+class _Settings(TypedDict, total=False):
+    max_tokens_per_batch: int
+    batch_size: int | None
+    prepend_bos: bool | None
+    include_bos: bool
+    max_length: int | None
+    truncation: Truncation
+    progress: bool | None
 
-    indices: list[int]
-    tokens: Tensor
-    attention_mask: Tensor
-    counted: Tensor
+
+@overload
+def extract_activations(
+    model: Any,
+    prompts: Sequence[Prompt],
+    hook_points: HookPoints = ...,
+    pooling: Strategy = ...,
+    **settings: Unpack[_Settings],
+) -> ExtractedActivations: ...
 
 
-Reduce = Callable[[Tensor, Batch], Tensor]
+@overload
+def extract_activations(
+    model: Any,
+    prompts: Sequence[Prompt],
+    hook_points: HookPoints = ...,
+    *,
+    pooling: list[Strategy] | tuple[Strategy, ...],
+    **settings: Unpack[_Settings],
+) -> dict[str, ExtractedActivations]: ...
 
 
 def extract_activations(
     model: Any,
     prompts: Sequence[Prompt],
     hook_points: HookPoints = "all",
-    pooling: str | PoolingStrategy = "last_token",
+    pooling: Strategy | list[Strategy] | tuple[Strategy, ...] = "last_token",
     *,
-    batch_size: int = 8,
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    batch_size: int | None = None,
     prepend_bos: bool | None = None,
     include_bos: bool = False,
     max_length: int | None = None,
     truncation: Truncation = None,
     progress: bool | None = None,
-) -> ExtractedActivations:
+) -> ExtractedActivations | dict[str, ExtractedActivations]:
     """Pooled activations of the prompts at all wanted hook points, in one pass that stops after the last of them.
 
     hook_points: see `resolve_hook_points`. pooling: 'last_token', 'first_token', 'mean', 'max', 'min', 'eos', 'all', or a
-    callable `(activations, attention_mask) -> [batch d_model]`. Unless `include_bos`, BOS counts for 'last_token' and
-    'first_token' only, and a prompt needs another token. Prompts are batched by length; unpooled activations of one batch
-    at most are in memory, in float32.
+    callable `(activations, attention_mask) -> [batch d_model]`. A list of these gives a dictionary by name, from the same
+    pass. Unless `include_bos`, BOS counts for 'last_token' and 'first_token' only, and a prompt needs another token.
+    max_tokens_per_batch: of one pass, pads included; prompts of similar length share one. batch_size: also at most so many
+    prompts. Beside the results, the unpooled activations of one layer and batch are the most that is in memory; a batch that
+    does not fit is halved. Equal prompts are computed once.
     progress: None shows a bar on a terminal, True always, False never.
 
-    Raises InputError for prompts or names that cannot be used, EmptyMaskError and PromptTooLongError naming the prompts.
+    Raises InputError for prompts or names that cannot be used, and naming a prompt whose activations are not finite;
+    EmptyMaskError and PromptTooLongError naming the prompts.
 
     >>> acts = extract_activations(model, ["One.", "Two."], hook_points=[3, 6], pooling="mean")  # doctest: +SKIP
     >>> acts.values["blocks.6.hook_resid_post"].shape  # doctest: +SKIP
@@ -105,54 +112,76 @@ def extract_activations(
     """
     model = load_model(model)
     names = resolve_hook_points(model, hook_points)
+    poolings: list[Strategy] = list(pooling) if isinstance(pooling, (list, tuple)) else [pooling]
+    activation_poolings(poolings)  # a typing error is cheaper to find before prompts are tokenised
     rows = tokenize_prompts(model, prompts, prepend_bos=prepend_bos, max_length=max_length, truncation=truncation)
-    return extract_rows(model, rows, names, pooling, batch_size=batch_size, include_bos=include_bos, progress=progress)
+    found = extract_poolings(
+        model,
+        rows,
+        names,
+        poolings,
+        include_bos=include_bos,
+        max_tokens_per_batch=max_tokens_per_batch,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return found if isinstance(pooling, (list, tuple)) else next(iter(found.values()))
 
 
 def extract_rows(
+    model: Any, rows: list[list[int]], hook_names: Sequence[str], pooling: Strategy, **settings: Any
+) -> ExtractedActivations:
+    """`extract_poolings` with a single pooling."""
+    (found,) = extract_poolings(model, rows, hook_names, [pooling], **settings).values()
+    return found
+
+
+def extract_poolings(
     model: Any,
     rows: list[list[int]],
     hook_names: Sequence[str],
-    pooling: str | PoolingStrategy,
+    poolings: Sequence[Strategy],
     *,
-    batch_size: int = 8,
     include_bos: bool = False,
     centre: bool = False,
-    progress: bool | None = None,
-) -> ExtractedActivations:
-    """`extract_activations` for rows of token ids and full hook names. centre: subtract each token's mean over d_model
-    first."""
-    strategy = activation_strategy(pooling)
-    named = None if callable(pooling) else strategy  # a callable may be called 'all', too
-    sees_bos = include_bos or named in _SEES_BOS
-    lengths = counted_lengths(rows, bos_id(model), include_bos)
-    check_rows_count(lengths)
-    if named == "eos":
+    **batching: Any,
+) -> dict[str, ExtractedActivations]:
+    """`extract_activations` for rows of token ids, full hook names and several poolings, by name.
+
+    centre: subtract each token's mean over d_model first. batching: as in `run_batches`.
+    """
+    wanted = activation_poolings(poolings)
+    counts = counted_lengths(rows, bos_id(model), include_bos)
+    check_rows_count(counts)
+    if "eos" in poolings or "activation:eos" in poolings:
         _check_rows_have_eos(model, rows)
-    keep = _keep_tokens(sees_bos) if named == "all" else _pool_rows(model, pooling, sees_bos)
-    found: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(rows) for name in hook_names}
-    for batch, kept in run_batches(model, rows, hook_names, keep, batch_size=batch_size, centre=centre, progress=progress):
-        for name, reduced in kept.items():
-            parts = reduced.split([lengths[index] for index in batch.indices]) if named == "all" else reduced.split(1)
-            for index, part in zip(batch.indices, parts, strict=True):
-                found[name][index] = part
-    offsets = torch.tensor([0, *lengths]).cumsum(0) if named == "all" else None
-    # Popped one by one, so that the pieces of one hook point at most are held twice.
-    values = {name: torch.cat(found.pop(name)) for name in list(found)}
-    return ExtractedActivations(values, strategy, rows, offsets)
-
-
-def activation_strategy(pooling: str | PoolingStrategy) -> str:
-    """Name of an activation-level pooling; InputError for one that pools scores, which extraction does not have."""
-    if callable(pooling):
-        return getattr(pooling, "__name__", type(pooling).__name__)
-    parsed = parse_pooling_strategy(pooling)
-    bare_extreme = parsed.base_strategy in ("max", "min") and ":" not in pooling
-    if parsed.is_score_pooling and not bare_extreme:
-        raise InputError(
-            f"pooling {pooling!r} reduces scores, and extraction has none; expected an activation-level strategy."
+    unique, occurrences = _without_repeats(rows)
+    results = {
+        name: _Result(
+            BatchPooler(model, strategy, include_bos=include_bos, centre=centre), [counts[index] for index in unique]
         )
-    return parsed.base_strategy
+        for name, strategy in wanted.items()
+    }
+
+    def keep(activations: Tensor, batch: Batch) -> list[Tensor]:
+        return [result.pooler(activations, batch) for result in results.values()]
+
+    for batch, kept in run_batches(model, [rows[index] for index in unique], hook_names, keep, **batching):
+        for hook_name, pooled in kept.items():
+            for result, values in zip(results.values(), pooled, strict=True):
+                result.add(hook_name, batch.indices, values.cpu(), [unique[index] for index in batch.indices])
+    return {name: result.finished(rows, hook_names, occurrences) for name, result in results.items()}
+
+
+def _without_repeats(rows: list[list[int]]) -> tuple[list[int], Tensor | None]:
+    """Index of the first of each set of equal rows, and which of these each row equals; None if all rows differ."""
+    first: dict[tuple[int, ...], int] = {}
+    occurrences = [first.setdefault(tuple(row), len(first)) for row in rows]
+    if len(first) == len(rows):
+        return list(range(len(rows))), None
+    which = torch.tensor(occurrences)
+    indices = torch.full((len(first),), len(rows)).scatter_reduce_(0, which, torch.arange(len(rows)), "amin")
+    return indices.tolist(), which
 
 
 def _check_rows_have_eos(model: Any, rows: list[list[int]]) -> None:
@@ -165,85 +194,56 @@ def _check_rows_have_eos(model: Any, rows: list[list[int]]) -> None:
         )
 
 
-def _keep_tokens(sees_bos: bool) -> Reduce:
-    def keep(activations: Tensor, batch: Batch) -> Tensor:
-        return activations[batch.attention_mask.bool() if sees_bos else batch.counted].cpu()
+class _Result:
+    """Where the pooled activations of all rows go, by hook name; allocated once, filled batch by batch.
 
-    return keep
-
-
-def _pool_rows(model: Any, pooling: str | PoolingStrategy, sees_bos: bool) -> Reduce:
-    def pool(activations: Tensor, batch: Batch) -> Tensor:
-        mask = batch.attention_mask.bool() if sees_bos else batch.counted
-        if callable(pooling):
-            # Copies for code that is not ours: what it writes in place would reach the later layers.
-            activations, mask = activations.clone(), mask.clone()
-        pooled = pooling_function(model, pooling, batch)(activations, mask)
-        expected = (activations.shape[0], activations.shape[2])
-        if not isinstance(pooled, Tensor) or pooled.shape != expected:
-            shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-            raise InputError(
-                f"the pooling callable returned {shape}; expected one vector a row, {expected} = [batch d_model]."
-            )
-        # A copy: a callable's slice would keep the batch's unpooled activations in memory.
-        return pooled.float().cpu().clone()
-
-    return pool
-
-
-def pooling_function(model: Any, pooling: str | PoolingStrategy, batch: Batch) -> PoolingStrategy:
-    """The function of an activation-level strategy; 'eos' is given the batch's tokens."""
-    if callable(pooling):
-        return pooling
-    strategy = parse_pooling_strategy(pooling).base_strategy
-    if strategy == "eos":
-        return partial(pool_eos, tokens=batch.tokens, eos_token_id=end_of_sequence_ids(model))
-    return get_pooling_fn(f"activation:{strategy}")
-
-
-def run_batches(
-    model: Any,
-    rows: list[list[int]],
-    hook_names: Sequence[str],
-    keep: Reduce,
-    *,
-    batch_size: int = 8,
-    sort_by_length: bool = True,
-    padding_side: str = "right",
-    centre: bool = False,
-    progress: bool | None = None,
-) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-    """Run the rows through the model; yield each batch with what `keep` made of its activations, by hook name.
-
-    keep: (activations [batch pos d_model] float32, batch) -> what to hold on to; it runs inside the forward pass.
+    counts: tokens of each row that count.
     """
-    batches = list(batches_by_length([len(row) for row in rows], batch_size, sort=sort_by_length))
-    device, bos = device_of(model), bos_id(model)
-    hidden = None if progress is None else not progress
-    with tqdm(total=len(rows), desc="activations", unit="prompt", disable=hidden, leave=False) as bar:
-        for indices in batches:
-            tokens, mask = pad_rows(
-                [rows[index] for index in indices], pad_token_id=pad_id(model), side=padding_side, device=device
-            )
-            batch = Batch(indices, tokens, mask, without_bos(tokens, mask, bos))
-            kept: dict[str, Tensor] = {}
-            callbacks = {name: partial(_keep_one, kept, name, keep, batch, centre) for name in hook_names}
-            run_to_hook_points(model, tokens, mask, callbacks)
-            yield batch, kept
-            bar.update(len(indices))
 
+    def __init__(self, pooler: BatchPooler, counts: list[int]) -> None:
+        self.pooler = pooler
+        self._offsets = np.concatenate([[0], np.cumsum(counts)])
+        self._values: dict[str, Tensor] = {}
 
-def _keep_one(kept: dict[str, Tensor], name: str, keep: Reduce, batch: Batch, centre: bool, activations: Tensor) -> None:
-    if activations.ndim != 3 or activations.shape[:2] != batch.tokens.shape:
+    def add(self, hook_name: str, indices: list[int], pooled: Tensor, prompts: list[int]) -> None:
+        """pooled: of the rows `indices`, which stand for `prompts`; InputError naming one with NaN or an infinity."""
+        if not torch.isfinite(pooled).all():
+            self._refuse(hook_name, indices, pooled, prompts)
+        n_rows = self._offsets[-1] if self.pooler.keeps_tokens else len(self._offsets) - 1
+        if hook_name not in self._values:
+            self._values[hook_name] = torch.empty(int(n_rows), pooled.shape[1])
+        self._values[hook_name][self._places(indices)] = pooled
+
+    def _places(self, indices: list[int]) -> Tensor:
+        return token_places(self._offsets, indices) if self.pooler.keeps_tokens else torch.tensor(indices)
+
+    def _refuse(self, hook_name: str, indices: list[int], pooled: Tensor, prompts: list[int]) -> None:
+        counts = np.diff(self._offsets)[indices] if self.pooler.keeps_tokens else np.ones(len(indices), dtype=np.int64)
+        row = int((~torch.isfinite(pooled)).any(dim=1).nonzero()[0])
+        prompt = prompts[int(np.repeat(np.arange(len(indices)), counts)[row])]
         raise InputError(
-            f"hook point {name!r} carries activations of shape {tuple(activations.shape)}; expected one vector a token, "
-            f"[batch pos d_model] with [batch pos] = {tuple(batch.tokens.shape)}."
+            f"prompt {prompt} has an activation at {hook_name!r} that is NaN or infinite. A model in float16 overflows on "
+            "some inputs: load it in bfloat16 or float32. Otherwise its weights are damaged, or a hook or a pooling of "
+            "your own made it."
         )
-    # float32 before pooling: sums and differences in bfloat16 lose 1 %.
-    values = activations.detach().float()
-    kept[name] = keep(centred(values) if centre else values, batch)
+
+    def finished(self, rows: list[list[int]], hook_names: Sequence[str], occurrences: Tensor | None) -> ExtractedActivations:
+        """occurrences: which of the computed rows each prompt equals, None if each is its own."""
+        values, offsets = {name: self._values[name] for name in hook_names}, self._offsets
+        if occurrences is not None:
+            order = occurrences.tolist()
+            places = token_places(offsets, order) if self.pooler.keeps_tokens else occurrences
+            # One by one, so that the rows of one hook point at most are held twice.
+            self._values.clear()
+            for name in hook_names:
+                values[name] = values[name][places]
+            offsets = np.concatenate([[0], np.cumsum(np.diff(offsets)[order])])
+        kept = torch.from_numpy(offsets) if self.pooler.keeps_tokens else None
+        return ExtractedActivations(values, self.pooler.name, rows, kept)
 
 
-def centred(activations: Tensor) -> Tensor:
-    """Activations [... d_model] less their mean over d_model."""
-    return activations - reduce(activations, "... d_model -> ... 1", "mean")
+def token_places(offsets: np.ndarray, indices: Sequence[int]) -> Tensor:
+    """Positions of the tokens of rows `indices`, one after the other; row i has `offsets[i]` to `offsets[i + 1]`."""
+    starts, counts = offsets[:-1][list(indices)], np.diff(offsets)[list(indices)]
+    before = np.cumsum(counts) - counts
+    return torch.from_numpy(np.repeat(starts - before, counts) + np.arange(counts.sum()))

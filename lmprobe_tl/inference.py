@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.fitting import logits_of, probabilities_of
-from lmprobe_tl.extraction import Batch, extract_rows, run_batches
+from lmprobe_tl.extraction import extract_rows
+from lmprobe_tl.forward_batches import Batch, run_batches, token_activations
 from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, reduce_scores
 from lmprobe_tl.reductions import REDUCTIONS
 from lmprobe_tl.tokens import bos_id, check_rows_count, counted_lengths
@@ -111,7 +112,7 @@ def _score_pooled(
     logits: list[Any] = [None] * len(rows)
     probabilities: list[Any] = [None] * len(rows)
     for batch, features in _token_features(model, rows, hook_names, sees_bos, settings):
-        mask = batch.attention_mask.bool().cpu() if sees_bos else batch.counted.cpu()
+        mask = batch.mask(sees_bos, torch.device("cpu"))
         for index, one, both in zip(batch.indices, *_reduced(classifier, features, mask, pooling, name), strict=True):
             logits[index], probabilities[index] = one, both
     return np.array(logits), np.array(probabilities)
@@ -139,11 +140,12 @@ def _reduced(classifier: Any, features: np.ndarray, mask: Tensor, pooling: str, 
 
 def _token_features(
     model: Any, rows: list[list[int]], hook_names: Sequence[str], sees_bos: bool, settings: dict[str, Any]
-) -> Any:
+) -> Iterator[tuple[Batch, np.ndarray]]:
     """Each batch with the activations [n_tokens n_features] (float64) of its tokens, row after row."""
+    centre, batching = settings["centre"], {name: value for name, value in settings.items() if name != "centre"}
 
     def keep(activations: Tensor, batch: Batch) -> Tensor:
-        return activations[batch.attention_mask.bool() if sees_bos else batch.counted].cpu()
+        return token_activations(activations, batch, sees_bos, centre=centre)
 
-    for batch, kept in run_batches(model, rows, hook_names, keep, **settings):
-        yield batch, torch.cat([kept[name] for name in hook_names], dim=-1).numpy().astype(np.float64)
+    for batch, kept in run_batches(model, rows, hook_names, keep, **batching):
+        yield batch, torch.cat([kept[name].cpu() for name in hook_names], dim=-1).numpy().astype(np.float64)

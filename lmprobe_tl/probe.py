@@ -36,6 +36,7 @@ from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, resolve_
 from lmprobe_tl.probe_spec import PoolingRecord, ProbeSpec, TrainingRecord
 from lmprobe_tl.provenance import classifier_name, data_hash, package_versions
 from lmprobe_tl.tokens import (
+    MAX_TOKENS_PER_BATCH,
     Prompt,
     Truncation,
     bos_id,
@@ -61,6 +62,7 @@ class Probe(ClassifierMixin, BaseEstimator):
     include_bos: let a leading BOS count where it does not ('mean', 'max', 'min', 'all', callables).
     equal_prompt_weight: with train_pooling 'all', let every prompt weigh the same, not every token.
     prepend_bos, max_length, truncation: how prompts become tokens; see `tokenize_prompts`.
+    max_tokens_per_batch, batch_size: of one forward pass; see `extract_activations`.
     name: key of the probe's scores when it runs live.
 
     Learnt: `classes_` (with two, the second is positive), `classifier_`, `hook_names_`, `n_features_in_`, `weights_`, and
@@ -88,7 +90,8 @@ class Probe(ClassifierMixin, BaseEstimator):
         prepend_bos: bool | None = None,
         max_length: int | None = None,
         truncation: Truncation = None,
-        batch_size: int = 8,
+        max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+        batch_size: int | None = None,
         progress: bool | None = None,
         random_state: int | None = None,
         name: str = "probe",
@@ -104,6 +107,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         self.prepend_bos = prepend_bos
         self.max_length = max_length
         self.truncation = truncation
+        self.max_tokens_per_batch = max_tokens_per_batch
         self.batch_size = batch_size
         self.progress = progress
         self.random_state = random_state
@@ -229,6 +233,7 @@ class Probe(ClassifierMixin, BaseEstimator):
             rows,
             names,
             strategy,
+            max_tokens_per_batch=self.max_tokens_per_batch,
             batch_size=self.batch_size,
             include_bos=self.include_bos,
             centre=normalization(model) == "layernorm",
@@ -246,6 +251,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         rows = self._tokenize(self.model_, check_prompts(prompts))
         inference = inference or self._poolings()[1]
         settings: dict[str, Any] = {
+            "max_tokens_per_batch": self.max_tokens_per_batch,
             "batch_size": self.batch_size,
             "include_bos": self.include_bos,
             "centre": normalization(self.model_) == "layernorm",
@@ -366,7 +372,13 @@ class Probe(ClassifierMixin, BaseEstimator):
                     check_unseen(rows, self._trained_on, name)
                 tokens[at] = [np.array(row, dtype=np.int64) for row in rows]
         self.calibration_: Calibration = measure_calibration(
-            self.model_, weights, goal, *tokens, batch_size=self.batch_size, progress=self.progress
+            self.model_,
+            weights,
+            goal,
+            *tokens,
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            batch_size=self.batch_size,
+            progress=self.progress,
         )
         self._calibrated_as: dict[str, Any] = score_settings(weights)
         return self

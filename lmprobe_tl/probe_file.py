@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +12,7 @@ from safetensors import SafetensorError
 
 from lmprobe_tl.checked_record import shown
 from lmprobe_tl.errors import InputError, ProbeFileError
+from lmprobe_tl.files import canonical_json, write_atomically
 from lmprobe_tl.probe_spec import ProbeSpec
 from lmprobe_tl.weights import ProbeWeights
 
@@ -51,7 +49,7 @@ def save_probe(weights: ProbeWeights, path: str | os.PathLike[str], *, overwrite
             raise ProbeFileError(f"the folder {str(target.parent)!r} does not exist; create it first.")
         if not overwrite and target.exists():
             raise ProbeFileError("the file exists already; choose another name or pass overwrite=True.")
-        _write_atomically(target, payload)
+        write_atomically(target, payload)
     except ProbeFileError as error:
         raise ProbeFileError(f"Cannot save probe {weights.name!r} to {str(path)!r}: {error}") from error
     except OSError as error:
@@ -75,9 +73,8 @@ def load_probe(path: str | os.PathLike[str]) -> ProbeWeights:
 
 def _serialised(weights: ProbeWeights) -> bytes:
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "spec": weights.spec.to_dict()}
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     tensors = {"probe.direction": weights.direction, "probe.intercept": weights.intercept}
-    payload = safetensors.torch.save(tensors, {METADATA_KEY: text})
+    payload = safetensors.torch.save(tensors, {METADATA_KEY: canonical_json(document)})
     header_bytes = int.from_bytes(payload[:_LENGTH_BYTES], "little")
     if header_bytes > MAX_HEADER_BYTES or len(payload) > MAX_FILE_BYTES:
         raise ProbeFileError(
@@ -85,22 +82,6 @@ def _serialised(weights: ProbeWeights) -> bytes:
             f"and {MAX_HEADER_BYTES}. Shorten the description or the metrics, or read fewer hook points."
         )
     return payload
-
-
-def _write_atomically(target: Path, payload: bytes) -> None:
-    temporary = target.with_name(f".{secrets.token_hex(8)}.lmprobe_tl.tmp")  # same folder: os.replace cannot cross disks
-    try:
-        with open(temporary, "xb") as file:  # not mkstemp, whose 0600 would lock out the people a probe is shared with
-            if target.exists():
-                shutil.copymode(target, temporary)
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:  # KeyboardInterrupt too
-        with suppress(OSError):  # the first error is the one to report
-            temporary.unlink()
-        raise
 
 
 def _load(path: Path) -> ProbeWeights:

@@ -19,6 +19,7 @@ from lmprobe_tl.live.watches import threshold_of
 from lmprobe_tl.monitor import Monitor
 from lmprobe_tl.probe_spec import ThresholdUnit
 from lmprobe_tl.tokens import (
+    MAX_TOKENS_PER_BATCH,
     Prompt,
     Truncation,
     batches_by_length,
@@ -54,7 +55,8 @@ def score_prompts(
     prompts: Sequence[Prompt],
     probes: Any,
     *,
-    batch_size: int = 8,
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    batch_size: int | None = None,
     prepend_bos: bool | None = None,
     max_length: int | None = None,
     truncation: Truncation = None,
@@ -63,7 +65,8 @@ def score_prompts(
 ) -> dict[str, PromptScores]:
     """Scores by probe name; the model runs to the last hook point of the probes and no further.
 
-    probes: as in `attach_probes`. prepend_bos: None does as the probe files say.
+    probes: as in `attach_probes`. prepend_bos: None does as the probe files say. max_tokens_per_batch, batch_size: as in
+    `extract_activations`.
 
     >>> score_prompts(model, ["One.", "Two."], "deceit.safetensors")["deceit"].scores  # doctest: +SKIP
     tensor([0.02, 0.97])
@@ -84,7 +87,16 @@ def score_prompts(
                 last = torch.stack([row[-1] for row in monitor.running_scores(weights.name, unit)])
                 flagged[weights.name][indices] = last >= torch.tensor(value, dtype=last.dtype)
 
-    score_batches(model, rows, loaded, read, batch_size=batch_size, progress=progress, strict=strict)
+    score_batches(
+        model,
+        rows,
+        loaded,
+        read,
+        max_tokens_per_batch=max_tokens_per_batch,
+        batch_size=batch_size,
+        progress=progress,
+        strict=strict,
+    )
     return {name: PromptScores(torch.stack(scores[name]), logits[name], flagged.get(name)) for name in scores}
 
 
@@ -94,7 +106,8 @@ def sequence_maxima(
     probe: Any,
     *,
     unit: ThresholdUnit | None = None,
-    batch_size: int = 8,
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    batch_size: int | None = None,
     prepend_bos: bool | None = None,
     max_length: int | None = None,
     truncation: Truncation = None,
@@ -116,7 +129,16 @@ def sequence_maxima(
     def read(indices: list[int], monitor: Monitor) -> None:
         maxima[indices] = monitor.runs[-1].maxima(weights.name, unit)
 
-    score_batches(model, rows, [weights], read, batch_size=batch_size, progress=progress, strict=strict)
+    score_batches(
+        model,
+        rows,
+        [weights],
+        read,
+        max_tokens_per_batch=max_tokens_per_batch,
+        batch_size=batch_size,
+        progress=progress,
+        strict=strict,
+    )
     return maxima
 
 
@@ -153,7 +175,8 @@ def score_batches(
     probes: Sequence[ProbeWeights],
     read: Callable[[list[int], Monitor], None],
     *,
-    batch_size: int = 8,
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    batch_size: int | None = None,
     progress: bool | None = None,
     strict: bool = False,
 ) -> None:
@@ -167,7 +190,7 @@ def score_batches(
         attach_probes(model, list(probes), strict=strict) as monitor,
         tqdm(total=len(rows), desc="scores", unit="prompt", disable=hidden, leave=False) as bar,
     ):
-        for indices in batches_by_length([len(row) for row in rows], batch_size):
+        for indices in batches_by_length([len(row) for row in rows], batch_size, max_tokens=max_tokens_per_batch):
             tokens, mask = pad_rows([rows[index] for index in indices], pad_token_id=pad_id(model), device=device_of(model))
             monitor.begin_run()
             run_to_hook_points(model, tokens, mask, dict.fromkeys(hook_names, _pass_by))

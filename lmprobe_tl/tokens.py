@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -21,6 +22,7 @@ Prompt: TypeAlias = "str | Chat | Tensor | np.ndarray"
 Truncation: TypeAlias = Literal["left", "right"] | None
 
 _NAMED_ROWS = 8
+MAX_TOKENS_PER_BATCH = 4096  # pads included: enough to keep two cores or a small GPU busy
 
 
 def check_prompts(prompts: Any) -> list[Prompt]:
@@ -99,10 +101,7 @@ def tokenize_prompts(
     if truncation not in (None, "left", "right"):
         raise InputError(f"truncation is {truncation!r}; expected None (an error for long prompts), 'left' or 'right'.")
     prepend = use_bos(model, prepend_bos)
-    rows = [
-        _token_ids(model, prompt, prepend, add_generation_prompt, f"prompts[{index}]")
-        for index, prompt in enumerate(check_prompts(prompts))
-    ]
+    rows = _token_ids(model, check_prompts(prompts), prepend, add_generation_prompt)
     _check_vocabulary(model, rows)
     limit = _length_limit(model, max_length)
     too_long = [index for index, row in enumerate(rows) if limit is not None and len(row) > limit]
@@ -156,37 +155,48 @@ def _length_limit(model: Any, max_length: int | None) -> int | None:
 def _check_vocabulary(model: Any, rows: Sequence[Sequence[int]]) -> None:
     size = vocabulary_size(model)
     for index, row in enumerate(rows):
-        wrong = [token for token in row if token < 0 or (size is not None and token >= size)]
-        if wrong:
+        if row and (min(row) < 0 or (size is not None and max(row) >= size)):
+            wrong = next(token for token in row if token < 0 or (size is not None and token >= size))
             upper = "" if size is None else f" to {size - 1}"
             raise InputError(
-                f"prompts[{index}] holds token id {wrong[0]}, but this model's ids go from 0{upper}; use its own tokenizer."
+                f"prompts[{index}] holds token id {wrong}, but this model's ids go from 0{upper}; use its own tokenizer."
             )
 
 
-def _token_ids(model: Any, prompt: Prompt, prepend: bool, add_generation_prompt: bool, name: str) -> list[int]:
-    if isinstance(prompt, (Tensor, np.ndarray)):
-        return [int(token) for token in prompt.tolist()]
+def _token_ids(model: Any, prompts: Sequence[Prompt], prepend: bool, add_generation_prompt: bool) -> list[list[int]]:
+    rows: list[list[int]] = [[]] * len(prompts)
+    texts: dict[int, str] = {}
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, (Tensor, np.ndarray)):
+            rows[index] = prompt.tolist()
+        else:
+            texts[index] = prompt if isinstance(prompt, str) else _chat_text(model, prompt, add_generation_prompt)
+    if not texts:
+        return rows
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise InputError("this model has no tokenizer, so text cannot be its prompt; pass 1-D tensors of token ids.")
-    if isinstance(prompt, str):
-        ids = _encode(tokenizer, prompt)
-        if prompt.strip() and not ids:
+    # All at once, which fast tokenizers spread over the cores. The length is checked here, against the model's own context.
+    encoded = tokenizer(list(texts.values()), add_special_tokens=False, verbose=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    for (index, text), ids in zip(texts.items(), encoded, strict=True):
+        if text.strip() and not ids:
             raise InputError(
-                f"{name} ({prompt[:40]!r}) turns into no token at all: the model's {type(tokenizer).__name__} is empty or "
-                "damaged. Load the model with its own tokenizer files."
+                f"prompts[{index}] ({text[:40]!r}) turns into no token at all: the model's {type(tokenizer).__name__} is "
+                "empty or damaged. Load the model with its own tokenizer files."
             )
-        return [tokenizer.bos_token_id, *ids] if prepend and ids[:1] != [tokenizer.bos_token_id] else ids
+        needs_bos = prepend and isinstance(prompts[index], str) and ids[:1] != [bos]  # a chat's template brings its own
+        rows[index] = [bos, *ids] if needs_bos else list(ids)
+    return rows
+
+
+def _chat_text(model: Any, chat: Any, add_generation_prompt: bool) -> str:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError("this model has no tokenizer, so text cannot be its prompt; pass 1-D tensors of token ids.")
     if not getattr(tokenizer, "chat_template", None):
         raise InputError("a chat was given, but this model's tokenizer has no chat template; pass strings instead.")
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=add_generation_prompt)
-    return _encode(tokenizer, text)
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: the length is checked here, against the model's own context.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
 def _truncate(row: list[int], limit: int, side: str, bos: int | None) -> list[int]:
@@ -203,15 +213,14 @@ def pad_rows(
     rows: Sequence[Sequence[int]], *, pad_token_id: int, side: str = "right", device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token ids [batch pos] (int64) and attention mask [batch pos] (int64, 1 = a real token) of rows padded on one side."""
-    longest = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)
-    for index, row in enumerate(rows):
-        at = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        tokens[index, at] = torch.tensor(row, dtype=torch.long)
-    lengths = rearrange(torch.tensor([len(row) for row in rows]), "batch -> batch 1")
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
     columns = rearrange(torch.arange(longest), "pos -> 1 pos")
-    mask = (columns < lengths if side == "right" else columns >= longest - lengths).long()
-    return tokens.to(device), mask.to(device)
+    ends = rearrange(lengths, "batch -> batch 1")
+    real = columns < ends if side == "right" else columns >= longest - ends
+    tokens = torch.full((len(rows), longest), pad_token_id, dtype=torch.long)
+    tokens[real] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long)
+    return tokens.to(device), real.long().to(device)
 
 
 def without_bos(tokens: Tensor, attention_mask: Tensor, bos_token_id: int | None) -> Tensor:
@@ -243,14 +252,43 @@ def check_rows_count(lengths: Sequence[int]) -> None:
         )
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int, *, sort: bool = True) -> Iterator[list[int]]:
+def batches_by_length(
+    lengths: Sequence[int],
+    batch_size: int | None = None,
+    *,
+    max_tokens: int = MAX_TOKENS_PER_BATCH,
+    sort: bool = True,
+) -> Iterator[list[int]]:
     """Indices of the rows in batches, longest first, so that rows of a batch need little padding and the largest comes
-    first."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}; expected an integer of at least 1.")
+    first.
+
+    max_tokens: pads included, of one batch; a longer row is a batch of its own. batch_size: also at most so many rows.
+    """
+    _check_count("max_tokens_per_batch", max_tokens)
+    if batch_size is not None:
+        _check_count("batch_size", batch_size)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index]) if sort else list(range(len(lengths)))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    batch: list[int] = []
+    longest = 0
+    for index in order:
+        grown = max(longest, lengths[index])
+        if batch and (grown * (len(batch) + 1) > max_tokens or len(batch) == batch_size):
+            yield batch
+            batch, grown = [], lengths[index]
+        batch.append(index)
+        longest = grown
+    if batch:
+        yield batch
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} is {value!r}; expected an integer of at least 1.")
+
+
+def row_digest(row: Sequence[int]) -> bytes:
+    """16 bytes (BLAKE2b) that tell one row of token ids from another."""
+    return hashlib.blake2b(np.asarray(row, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
 def tokenizer_record(model: Any, prepend_bos: bool | None) -> TokenizerRecord:

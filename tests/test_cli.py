@@ -284,7 +284,17 @@ def test_calibrate_reports_recall_and_probabilities_and_writes_elsewhere(
     original, out = probes["prose"].read_bytes(), tmp_path / "out.safetensors"
     negatives = jsonl(tmp_path / "n.jsonl", HARMLESS, [0] * 30)
     positives = write(tmp_path / "p.csv", "text\n" + "\n".join(SUSPECT))
-    arguments = ["--positives", positives, "--probability", "--method", "conformal", "--out", out, "--batch-size", 4]
+    arguments = [
+        "--positives",
+        positives,
+        "--probability",
+        "--method",
+        "conformal",
+        "--out",
+        out,
+        "--max-tokens-per-batch",
+        64,
+    ]
     said = run("calibrate", probes["prose"], negatives, *QUICK, *arguments).fine.splitlines()
     assert probes["prose"].read_bytes() == original
     saved = load_probe(out)
@@ -391,7 +401,7 @@ def test_score_gives_each_prompt_its_probability_in_order(
     elif source == "csv":
         content = "text\n" + "".join(f'"{text}"\n' for text in PROMPTS)
     path = write(tmp_path / f"p.{source}", content)
-    ran = run("score", probes["prose"], "-" if source == "-" else path, "--batch-size", 3, stdin=content.encode())
+    ran = run("score", probes["prose"], "-" if source == "-" else path, "--max-tokens-per-batch", 32, stdin=content.encode())
     records = ran.records
     assert [record["text"] for record in records] == PROMPTS
     np.testing.assert_allclose([record["score"] for record in records], expected_scores, atol=1e-5)
@@ -635,7 +645,7 @@ def test_demo_writes_a_probe_and_a_report_that_name_no_path_of_this_machine(
         (["fit", "{data}"], "Missing option '--out'"),
         (["fit", "{data}", "-o", "x.safetensors", "--test-share", "1"], "--test-share"),
         (["fit", "{data}", "-o", "x.safetensors", "--test-share", "nan"], "--test-share"),
-        (["fit", "{data}", "-o", "x.safetensors", "--batch-size", "0"], "--batch-size"),
+        (["fit", "{data}", "-o", "x.safetensors", "--max-tokens-per-batch", "0"], "--max-tokens-per-batch"),
         (["fit", "{data}", "-o", "x.safetensors", "--seed", "a"], "--seed"),
         (["fit", "{data}", "-o", "x.pt"], "a probe file ends in .safetensors"),
         (["fit", "{data}", "-o", "nowhere/x.safetensors"], "there is no folder '{here}/nowhere'"),

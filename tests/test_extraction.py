@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmprobe_tl import ExtractedActivations, extract_activations, extraction
+from lmprobe_tl import ExtractedActivations, extract_activations, extraction, forward_batches
+from lmprobe_tl.batch_pooling import BatchPooler, activation_strategy
 from lmprobe_tl.errors import EmptyMaskError, InputError, LmprobeError, PromptTooLongError, UnknownHookPointError
-from lmprobe_tl.extraction import activation_strategy, centred, extract_rows, pooling_function, run_batches
+from lmprobe_tl.extraction import extract_rows
+from lmprobe_tl.forward_batches import centred, run_batches
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.tokens import bos_id
 
@@ -143,9 +145,7 @@ def test_padding_side_order_and_batch_mates_do_not_matter(
 
     def keep(activations: Tensor, batch: Any) -> dict[str, Tensor]:
         pooled = {
-            name_of(pooling): pooling_function(tiny.bridge, pooling, batch)(
-                activations, batch.attention_mask if pooling in ("last_token", "first_token") else batch.counted
-            )
+            name_of(pooling): BatchPooler(tiny.bridge, pooling)(activations, batch)
             for pooling in POOLINGS
             if pooling != "all"
         }
@@ -536,7 +536,14 @@ def test_unpooled_activations_of_past_batches_are_gone(llama: Tiny, pooling: Any
     gc.collect()
     gc.disable()
     try:
-        extract_rows(llama.bridge, [[5, 6, 7, 8, 9, 10, 11]] * 8, [POSTS[0], POST], pooling, batch_size=2, progress=False)
+        extract_rows(
+            llama.bridge,
+            [[first, 6, 7, 8, 9, 10, 11] for first in range(5, 13)],
+            [POSTS[0], POST],
+            pooling,
+            batch_size=2,
+            progress=False,
+        )
     finally:
         gc.enable()
         llama.bridge.reset_hooks()
@@ -556,7 +563,7 @@ def test_what_is_kept_of_a_batch_holds_no_unpooled_activations(
         nonlocal batches
         for batch, kept in run(*arguments, **options):
             batches += 1
-            for values in kept.values():
+            for (values,) in kept.values():
                 assert values.untyped_storage().nbytes() == values.numel() * 4
             yield batch, kept
 
@@ -698,7 +705,7 @@ def test_the_progress_bar_arrives_at_the_number_of_prompts(gpt2: Tiny, monkeypat
             super().__init__(**options, file=io.StringIO())
             bars.append(self)
 
-    monkeypatch.setattr(extraction, "tqdm", Bar)
+    monkeypatch.setattr(forward_batches, "tqdm", Bar)
     extract_activations(gpt2.bridge, TEXTS, 0, progress=True, batch_size=4)
     assert [(bar.n, bar.total) for bar in bars] == [(6, 6)]
 

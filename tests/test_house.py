@@ -15,12 +15,22 @@ import lmprobe_tl
 PACKAGE = Path(lmprobe_tl.__file__).parent
 
 FLOORS = {
-    0: {"errors", "types"},
+    0: {"errors", "types", "files"},
     1: {"masks", "pooling", "reductions", "online", "twins", "twin_check"},
     2: {"checked_record", "probe_spec", "weights", "probe_file", "probe_summary", "labels", "metrics", "calibration"}
-    | {"provenance"}
-    | {"estimators", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"},
-    3: {"forward_watch", "generate_call", "hook_points", "tokens", "extraction", "compatibility"}
+    | {"provenance", "store", "store.record", "activation_store"}
+    | {"estimators", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean", "estimators.streaming"},
+    3: {
+        "forward_watch",
+        "generate_call",
+        "hook_points",
+        "tokens",
+        "forward_batches",
+        "batch_pooling",
+        "extraction",
+        "compatibility",
+    }
+    | {"weights_fingerprint", "store.writing", "store.merging"}
     | {"live", "live.records", "live.reduction", "live.watches", "live.scoring_plan", "live.history", "live.crossings"}
     | {"live.rows", "live.columns", "live.run", "live.events", "live.passes", "live.residual_basis"},
     4: {"inference", "evaluation", "probe", "monitor", "attach", "generation", "scoring"}
@@ -42,6 +52,7 @@ ONLY_IN = {
         "estimators.fitting",
         "estimators.linear_rule",
         "estimators.mass_mean",
+        "estimators.streaming",
         "metrics",
         "probe",
         "cli.fit",

@@ -91,7 +91,7 @@ def test_every_kind_of_labels_gives_the_same_probe(llama: Tiny, convert: Any, cl
 def test_labels_that_mean_nothing_are_refused_before_the_model_runs(
     llama: Tiny, labels: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmprobe_tl.extraction.run_to_hook_points", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr("lmprobe_tl.forward_batches.run_to_hook_points", lambda *_: pytest.fail("the model ran"))
     with pytest.raises(InputError, match=message):
         make_probe(llama).fit(PROMPTS, labels)
 

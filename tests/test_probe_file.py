@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmprobe_tl import probe_file, probe_spec
+from lmprobe_tl import files, probe_file, probe_spec
 from lmprobe_tl.errors import InputError, ProbeFileError
 from lmprobe_tl.probe_file import load_probe, save_probe
 from lmprobe_tl.probe_summary import probe_summary
@@ -236,11 +236,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     old: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
 ) -> None:
     if where == "write":
-        monkeypatch.setattr(probe_file, "open", type("Full", (io.FileIO,), {"write": failing(error)}), raising=False)
+        monkeypatch.setattr(files, "open", type("Full", (io.FileIO,), {"write": failing(error)}), raising=False)
     elif where == "copymode":
-        monkeypatch.setattr(probe_file.shutil, where, failing(error))
+        monkeypatch.setattr(files.shutil, where, failing(error))
     else:
-        monkeypatch.setattr(probe_file.os, where, failing(error))
+        monkeypatch.setattr(files.os, where, failing(error))
     if isinstance(error, OSError):
         with pytest.raises(ProbeFileError, match=r"No space left on device. An older file there is unchanged") as caught:
             golden_probe().save(old)
@@ -265,7 +265,7 @@ def test_a_file_system_that_takes_no_more_leaves_the_old_file(old: Path) -> None
 def test_the_new_file_is_written_beside_the_old_one(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rename is atomic on one disk only."""
     moves: list[tuple[Path, Path]] = []
-    monkeypatch.setattr(probe_file.os, "replace", lambda source, target: moves.append((source, target)))
+    monkeypatch.setattr(files.os, "replace", lambda source, target: moves.append((source, target)))
     golden_probe().save(old)
     [(source, target)] = moves
     assert target == old and source.parent == old.parent and source.read_bytes() == GOLDEN.read_bytes()

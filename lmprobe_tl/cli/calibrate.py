@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lmprobe_tl.cli.data_files import read_prompts
-from lmprobe_tl.cli.options import BatchOption, BosOption, ModelOption, ProbeArgument, check_folder_of, load_or_demo
+from lmprobe_tl.cli.options import (
+    MAX_TOKENS_PER_BATCH,
+    BatchOption,
+    BosOption,
+    ModelOption,
+    ProbeArgument,
+    check_folder_of,
+    load_or_demo,
+)
 from lmprobe_tl.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,7 +45,7 @@ def calibrate(
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Probe file to write; by default back into PROBE.")] = None,
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
-    batch_size: BatchOption = 8,
+    max_tokens_per_batch: BatchOption = MAX_TOKENS_PER_BATCH,
     bos: BosOption = None,
 ) -> None:
     """Set the threshold of a probe file for live use, with a stated guarantee on false alarms."""
@@ -65,7 +73,7 @@ def calibrate(
         positive_prompts=positive_texts,
         min_recall=min_recall,
         probability=probability,
-        batch_size=batch_size,
+        max_tokens_per_batch=max_tokens_per_batch,
         prepend_bos=bos,
     )
     print(f"{calibrated.save(target)}: probe {calibrated.name!r}, calibrated", *_lines(calibrated), sep="\n")

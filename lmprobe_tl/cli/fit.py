@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from lmprobe_tl.cli.data_files import read_labelled
-from lmprobe_tl.cli.options import BatchOption, BosOption, ModelOption, check_folder_of, load_or_demo, parse_hook_points
+from lmprobe_tl.cli.options import (
+    MAX_TOKENS_PER_BATCH,
+    BatchOption,
+    BosOption,
+    ModelOption,
+    check_folder_of,
+    load_or_demo,
+    parse_hook_points,
+)
 from lmprobe_tl.errors import InputError
 
 
@@ -33,7 +41,7 @@ def fit(
     test_share: Annotated[
         float, typer.Option("--test-share", min=0, max=0.9, help="Share of the prompts held out to evaluate; 0 for none.")
     ] = 0.2,
-    batch_size: BatchOption = 8,
+    max_tokens_per_batch: BatchOption = MAX_TOKENS_PER_BATCH,
     bos: BosOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the split and the classifier.")] = 0,
 ) -> None:
@@ -51,7 +59,7 @@ def fit(
         pooling,
         inference_pooling=inference_pooling,
         classifier=classifier,
-        batch_size=batch_size,
+        max_tokens_per_batch=max_tokens_per_batch,
         prepend_bos=bos,
         random_state=seed,
         name=name or out.stem,

@@ -18,7 +18,10 @@ ProbeArgument = Annotated[Path, typer.Argument(help="A probe file (.safetensors)
 BosOption = Annotated[
     bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS; by default as the model (fit) or the probe file says.")
 ]
-BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts in one forward pass.")]
+BatchOption = Annotated[
+    int, typer.Option("--max-tokens-per-batch", min=1, help="Tokens in one forward pass, pads included.")
+]
+MAX_TOKENS_PER_BATCH = 4096  # as in `tokens`, which would import torch
 
 
 def load_or_demo(model: str | None) -> Any:

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from lmprobe_tl.cli.data_files import read_prompts, write_records
-from lmprobe_tl.cli.options import BatchOption, BosOption, ModelOption, ProbeArgument, check_folder_of, load_or_demo
+from lmprobe_tl.cli.options import (
+    MAX_TOKENS_PER_BATCH,
+    BatchOption,
+    BosOption,
+    ModelOption,
+    ProbeArgument,
+    check_folder_of,
+    load_or_demo,
+)
 from lmprobe_tl.errors import InputError
 
 
@@ -23,7 +31,7 @@ def score(
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Add the logit of every token (JSONL).")] = False,
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
-    batch_size: BatchOption = 8,
+    max_tokens_per_batch: BatchOption = MAX_TOKENS_PER_BATCH,
     bos: BosOption = None,
 ) -> None:
     """Score prompts with a probe file."""
@@ -39,7 +47,8 @@ def score(
         raise InputError("--tokens needs JSONL; name a file ending in .jsonl, or leave --out away.")
     from lmprobe_tl.scoring import score_prompts
 
-    found = score_prompts(load_or_demo(model), texts, weights, batch_size=batch_size, prepend_bos=bos)[weights.name]
+    loaded = load_or_demo(model)
+    found = score_prompts(loaded, texts, weights, max_tokens_per_batch=max_tokens_per_batch, prepend_bos=bos)[weights.name]
     flagged = [None] * len(texts) if found.flagged is None else found.flagged.tolist()
     rows = zip(texts, found.scores, found.token_logits, flagged, strict=True)
     records = [_score_record(weights, *row) for row in rows]

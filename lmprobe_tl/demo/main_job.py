@@ -126,7 +126,7 @@ class TokenIdentity:
 
 def fit_probe(model: Any, pieces: Sequence[LabelledText]) -> Probe:
     """A probe for each token of the pieces, at a middle layer of the six."""
-    probe = Probe(model, LAYER, "all", batch_size=32, random_state=0, name=PROBE_NAME)
+    probe = Probe(model, LAYER, "all", random_state=0, name=PROBE_NAME)
     return probe.fit(TaskData.texts(pieces), TaskData.labels(pieces))
 
 

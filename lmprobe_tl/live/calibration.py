@@ -23,7 +23,7 @@ from lmprobe_tl.errors import CalibrationError, CalibrationWarning, InputError
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.probe_spec import ThresholdRecord
 from lmprobe_tl.scoring import live_unit, sequence_maxima
-from lmprobe_tl.tokens import Prompt, Truncation, check_prompts
+from lmprobe_tl.tokens import MAX_TOKENS_PER_BATCH, Prompt, Truncation, check_prompts
 from lmprobe_tl.weights import ProbeWeights
 
 ROUNDING = 1e-5  # of a float32 score, relative to its size if that is above 1, between one way of batching and another
@@ -40,7 +40,8 @@ def calibrate_probe(
     positive_prompts: Sequence[Prompt] | None = None,
     min_recall: float | None = None,
     probability: bool = False,
-    batch_size: int = 8,
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    batch_size: int | None = None,
     prepend_bos: bool | None = None,
     max_length: int | None = None,
     truncation: Truncation = None,
@@ -74,6 +75,7 @@ def calibrate_probe(
         goal,
         negative_prompts,
         positive_prompts,
+        max_tokens_per_batch=max_tokens_per_batch,
         batch_size=batch_size,
         prepend_bos=prepend_bos,
         max_length=max_length,

@@ -19,7 +19,7 @@ from lmprobe_tl.live.watches import threshold_of
 from lmprobe_tl.metrics import Interval, auroc, bootstrap_interval
 from lmprobe_tl.probe_spec import LIVE_METRIC_PREFIX, MetricRecord
 from lmprobe_tl.scoring import live_unit, prompt_rows
-from lmprobe_tl.tokens import Prompt, Truncation, check_prompts
+from lmprobe_tl.tokens import MAX_TOKENS_PER_BATCH, Prompt, Truncation, check_prompts
 from lmprobe_tl.weights import ProbeWeights
 
 
@@ -99,7 +99,8 @@ def evaluate_live(
     probes: Any,
     *,
     max_new_tokens: int = 0,
-    batch_size: int = 8,
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    batch_size: int | None = None,
     do_sample: bool = True,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -134,7 +135,12 @@ def evaluate_live(
     truths = {weights.name: _positives(weights, labels, len(prompts)) for weights in loaded}
     prepend = recorded_prepend_bos(loaded) if prepend_bos is None else prepend_bos
     texts: dict[str, Any] = {"prepend_bos": prepend, "max_length": max_length, "truncation": truncation}
-    running: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "strict": strict}
+    running: dict[str, Any] = {
+        "max_tokens_per_batch": max_tokens_per_batch,
+        "batch_size": batch_size,
+        "progress": progress,
+        "strict": strict,
+    }
     if max_new_tokens:
         sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         rows = rows_to_continue(model, prompts, max_new_tokens, **texts)

@@ -104,7 +104,8 @@ def continued_texts(
     max_new_tokens: int,
     sampling: dict[str, Any],
     *,
-    batch_size: int,
+    max_tokens_per_batch: int,
+    batch_size: int | None,
     progress: bool | None,
     strict: bool,
 ) -> SeenSequences:
@@ -112,7 +113,8 @@ def continued_texts(
     seen: dict[str, list[Any]] = {weights.name: [None] * len(rows) for weights in probes}
     hidden = None if progress is None else not progress
     with tqdm(total=len(rows), desc="generation", unit="prompt", disable=hidden, leave=False) as bar:
-        for indices in batches_by_length([len(row) for row in rows], batch_size):
+        lengths = [len(row) + max_new_tokens for row in rows]
+        for indices in batches_by_length(lengths, batch_size, max_tokens=max_tokens_per_batch):
             prompts = [np.array(rows[index], dtype=np.int64) for index in indices]
             results = monitored_generate(model, prompts, probes, max_new_tokens=max_new_tokens, strict=strict, **sampling)
             for weights in probes:
