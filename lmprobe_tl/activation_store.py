@@ -118,7 +118,7 @@ class ActivationStore:
 
         hook_points: layers or names, None for all of the store; pooling: may be left out where the store has one.
         """
-        names, pooling = self.hook_names(hook_points), self._pooling(pooling)
+        names, pooling = self.hook_names(hook_points), self.check_pooling(pooling)
         for shard in range(len(self.records)):
             yield from self.shard_chunks(shard, names, pooling, max_rows=max_rows)
 
@@ -137,7 +137,7 @@ class ActivationStore:
 
     def values(self, hook_points: StoredHookPoints = None, pooling: str | None = None) -> Tensor:
         """All rows at once, in memory: [n_prompts n_features], or [n_tokens n_features] with pooling 'all'."""
-        names, pooling = self.hook_names(hook_points), self._pooling(pooling)
+        names, pooling = self.hook_names(hook_points), self.check_pooling(pooling)
         n_rows = self.n_tokens if pooling == "all" else self.n_prompts
         result, done = torch.empty(0), 0
         for chunk in self.chunks(names, pooling):
@@ -203,7 +203,8 @@ class ActivationStore:
         layers = self.manifest.n_layers
         return f"blocks.{hook_point % layers if -layers <= hook_point < layers else hook_point}.hook_resid_post"
 
-    def _pooling(self, pooling: str | None) -> str:
+    def check_pooling(self, pooling: str | None) -> str:
+        """The pooling, or the store's only one; InputError for one that it does not have."""
         if pooling is None and len(self.poolings) == 1:
             return self.poolings[0]
         if pooling not in self.poolings:

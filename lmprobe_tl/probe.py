@@ -9,32 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
+from lmprobe_tl.activation_store import ActivationStore
+from lmprobe_tl.artefact import artefact_of, pooling_name
 from lmprobe_tl.calibration import Calibration
 from lmprobe_tl.errors import InputError, PoolingMismatchWarning
 from lmprobe_tl.estimators import make_classifier
 from lmprobe_tl.estimators.fitting import fit_classifier
-from lmprobe_tl.estimators.linear_rule import linear_rule
+from lmprobe_tl.estimators.streaming import can_stream, fit_blocks
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
 from lmprobe_tl.extraction import extract_rows
 from lmprobe_tl.hook_points import (
     HookPoints,
-    layer_count,
     load_model,
-    model_record,
     normalization,
     resolve_hook_points,
-    width,
 )
 from lmprobe_tl.inference import TokenOutputs, prompt_outputs, token_outputs
 from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
 from lmprobe_tl.live.calibration import CalibrationGoal, check_unseen, measure_calibration, score_settings
 from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, resolve_pooling
-from lmprobe_tl.probe_spec import PoolingRecord, ProbeSpec, TrainingRecord
-from lmprobe_tl.provenance import classifier_name, data_hash, package_versions
+from lmprobe_tl.probe_spec import TrainingRecord
+from lmprobe_tl.provenance import classifier_name, data_hash
+from lmprobe_tl.store_examples import StoreExamples, check_store_is_of
 from lmprobe_tl.tokens import (
     MAX_TOKENS_PER_BATCH,
     Prompt,
@@ -43,8 +42,8 @@ from lmprobe_tl.tokens import (
     check_prompts,
     check_rows_count,
     counted_lengths,
+    row_digest,
     tokenize_prompts,
-    tokenizer_record,
 )
 from lmprobe_tl.weights import ProbeWeights
 
@@ -112,7 +111,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         self.progress = progress
         self.random_state = random_state
         self.name = name
-        train, inference = self._poolings()
+        train, inference = self.poolings()
         if train != inference:
             warnings.warn(
                 f"trained with pooling {pooling_name(train)!r}, used with {pooling_name(inference)!r}: "
@@ -146,7 +145,8 @@ class Probe(ClassifierMixin, BaseEstimator):
             warnings.simplefilter("ignore", PoolingMismatchWarning)  # the original warned already
             return type(self)(**parameters)
 
-    def _poolings(self) -> tuple[str | PoolingStrategy, str | PoolingStrategy]:
+    def poolings(self) -> tuple[str | PoolingStrategy, str | PoolingStrategy]:
+        """The pooling for training and the one for inference."""
         return resolve_pooling(self.pooling, self.train_pooling, self.inference_pooling)
 
     # --- training ---
@@ -157,7 +157,7 @@ class Probe(ClassifierMixin, BaseEstimator):
 
         Raises InputError for prompts or labels that cannot be used, before the model runs.
         """
-        train, _ = self._poolings()
+        train, _ = self.poolings()
         prompts = check_prompts(prompts)
         per_token = are_token_labels(labels)
         if per_token and train != "all":
@@ -178,38 +178,87 @@ class Probe(ClassifierMixin, BaseEstimator):
             y = np.concatenate(check_token_labels(labels, lengths)) if per_token else labels[groups]
         else:
             groups, y = None, labels
-        classes = check_classes(y)
-
+        check_classes(y)
         activations = self._extract(model, rows, names, train)
         features = activations.concatenated().numpy().astype(np.float64)
-        if not features.std(axis=0).max() > 1e-6 * np.abs(features).max():
-            raise InputError(
-                f"with pooling {pooling_name(train)!r} the activations of all prompts are the same, so "
-                "nothing can be learnt "
-                "from them ('first_token' sees nothing but BOS where the model prepends one). Use another pooling."
-            )
+        _refuse_constant(features, train)
         weight = None
         if groups is not None and self.equal_prompt_weight:
             weight = 1 / np.asarray(lengths, dtype=np.float64)[groups]
             weight *= len(weight) / weight.sum()  # as strong together as unweighted tokens: C keeps its meaning
-        self.classifier_ = fit_classifier(classifier, features, y, groups=groups, sample_weight=weight)
-        self.model_, self.hook_names_, self.classes_ = model, names, classes
+        fitted = fit_classifier(classifier, features, y, groups=groups, sample_weight=weight)
+        # Some rows of the training set, to prove on them that a linear rule says what the classifier says.
+        sample = features[np.linspace(0, len(features) - 1, min(len(features), 2048)).astype(int)]
+        return self._learn(model, names, fitted, y, groups, [row_digest(row) for row in rows], sample)
+
+    def fit_store(self, store: ActivationStore | str | Path, labels: Any) -> Probe:
+        """Fit on the activations of a store, which may be bigger than memory. labels: as in `fit`.
+
+        The named classifiers are fitted in passes over the store, one block of it in memory at a time, and learn what `fit`
+        learns on the same prompts; any other classifier gets all examples at once. train_pooling and hook_points say what is
+        read from the store.
+        Raises StoreError for a store of another model or made with other settings, InputError for a hook point or a pooling
+        that it does not have, and for labels that cannot be used.
+        """
+        store = store if isinstance(store, ActivationStore) else ActivationStore(store)
+        train, _ = self.poolings()
+        if callable(train):
+            raise InputError(f"pooling {pooling_name(train)!r} is a function, and a store holds named poolings alone.")
+        model = load_model(self.model)
+        names = resolve_hook_points(model, self.hook_points)
+        store.hook_names(names), store.check_pooling(train)  # raise before the weights are read
+        check_store_is_of(
+            store,
+            model,
+            prepend_bos=self.prepend_bos,
+            include_bos=self.include_bos,
+            max_length=self.max_length,
+            truncation=self.truncation,
+        )
+        classifier = make_classifier(self.classifier, self.random_state)
+        examples = StoreExamples(
+            store,
+            names,
+            train,
+            labels,
+            centre=normalization(model) == "layernorm",
+            equal_prompt_weight=self.equal_prompt_weight,
+        )
+        if can_stream(self.classifier):
+            fitted = fit_blocks(self.classifier, classifier, examples.blocks, examples.classes)
+        else:
+            features, weight = examples.in_memory()
+            fitted = fit_classifier(classifier, features, examples.labels, groups=examples.groups, sample_weight=weight)
+        _refuse_constant(examples.sample(), train)
+        digests = [bytes(row) for row in store.digests()]
+        return self._learn(model, names, fitted, examples.labels, examples.groups, digests, examples.sample())
+
+    def _learn(
+        self,
+        model: Any,
+        names: Sequence[str],
+        classifier: Any,
+        y: np.ndarray,
+        groups: np.ndarray | None,
+        digests: list[bytes],
+        sample: np.ndarray,
+    ) -> Probe:
+        """Set what is learnt. y, groups: label and prompt of each example; digests: of each prompt's token ids."""
+        self.classifier_, self.model_, self.hook_names_, self.classes_ = classifier, model, names, check_classes(y)
         if hasattr(self, "calibration_"):
             del self.calibration_, self._calibrated_as  # of the classifier before
-        self._trained_on = frozenset(hash(tuple(row)) for row in rows)
-        self.n_features_in_ = features.shape[1]
+        self._trained_on, self._sample = frozenset(digests), sample
+        self.n_features_in_ = sample.shape[1]
         if groups is not None:
             self.groups_ = groups
         self.training_ = TrainingRecord(
-            data_sha256=data_hash(rows, y),
-            n_prompts=len(rows),
+            data_sha256=data_hash(digests, y),
+            n_prompts=len(digests),
             n_examples=len(y),
-            class_counts=tuple(int((y == one).sum()) for one in classes),
+            class_counts=tuple(int((y == one).sum()) for one in self.classes_),
             classifier=classifier_name(self.classifier),
             random_state=self.random_state,
         )
-        # Some rows of the training set, to prove on them that a linear rule says what the classifier says.
-        self._sample = features[np.linspace(0, len(features) - 1, min(len(features), 2048)).astype(int)]
         return self
 
     def fit_contrast(self, positive: Sequence[Prompt], negative: Sequence[Prompt]) -> Probe:
@@ -249,7 +298,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         own."""
         check_is_fitted(self, "classifier_")
         rows = self._tokenize(self.model_, check_prompts(prompts))
-        inference = inference or self._poolings()[1]
+        inference = inference or self.poolings()[1]
         settings: dict[str, Any] = {
             "max_tokens_per_batch": self.max_tokens_per_batch,
             "batch_size": self.batch_size,
@@ -302,7 +351,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         labels: one a prompt; or one sequence a prompt, which judges each token's own score whatever the inference pooling.
         """
         truth, scores, predicted, groups = self._judged(prompts, labels)
-        _, inference = self._poolings()
+        _, inference = self.poolings()
         level = "token" if are_token_labels(labels) or inference == "all" else "prompt"
         return evaluate_scores(
             truth,
@@ -405,42 +454,7 @@ class Probe(ClassifierMixin, BaseEstimator):
 
     def _weights(self) -> ProbeWeights:
         """The artefact without what `calibrate` learnt."""
-        check_is_fitted(self, "classifier_")
-        train, inference = self._poolings()
-        for side in (train, inference):
-            if callable(side):
-                raise InputError(
-                    f"pooling {pooling_name(side)!r} is a function, and a probe file holds no code; "
-                    "use a named pooling to save."
-                )
-        d_model, norm = width(self.model_), normalization(self.model_)
-        if norm == "layernorm" and inference in ("activation:max", "activation:min"):
-            raise InputError(
-                f"inference pooling {inference!r} on a LayerNorm model depends on whether its weights "
-                "were centred, so such a "
-                "probe would not mean the same elsewhere; use 'score:max' or another pooling to save."
-            )
-        rule = linear_rule(self.classifier_, self._sample)
-        direction = torch.from_numpy(rule.direction)
-        if norm == "layernorm":
-            # w.(x - mean(x)) = (w - mean(w)).x, a hook point at a time
-            blocks = direction.reshape(direction.shape[0], len(self.hook_names_), d_model)
-            direction = (blocks - blocks.mean(dim=-1, keepdim=True)).reshape(direction.shape)
-        spec = ProbeSpec(
-            name=self.name,
-            hook_points=tuple(self.hook_names_),
-            d_model=d_model,
-            n_layers=layer_count(self.model_),
-            labels=tuple(self.classes_.tolist()),
-            model=model_record(self.model_),
-            tokenizer=tokenizer_record(self.model_, self.prepend_bos),
-            residual_basis="any" if norm == "layernorm" else "raw",
-            normalization=norm,
-            pooling=PoolingRecord(train=str(train), inference=str(inference), include_bos=self.include_bos),
-            training=self.training_,
-            versions=package_versions(),
-        )
-        return ProbeWeights(direction.float(), torch.from_numpy(rule.intercept).float(), spec)
+        return artefact_of(self)
 
     def save(self, path: str | Path, *, evaluation: Evaluation | None = None) -> Path:
         """Write the probe file, with the metrics of an evaluation if one is given; equal to `weights_.save(path)`."""
@@ -452,6 +466,9 @@ class Probe(ClassifierMixin, BaseEstimator):
         return weights.save(path)
 
 
-def pooling_name(pooling: str | PoolingStrategy) -> str:
-    """A strategy as given, or the name of a callable."""
-    return pooling if isinstance(pooling, str) else getattr(pooling, "__name__", type(pooling).__name__)
+def _refuse_constant(features: np.ndarray, pooling: str | PoolingStrategy) -> None:
+    if not features.std(axis=0).max() > 1e-6 * np.abs(features).max():
+        raise InputError(
+            f"with pooling {pooling_name(pooling)!r} the activations of all prompts are the same, so nothing can be learnt "
+            "from them ('first_token' sees nothing but BOS where the model prepends one). Use another pooling."
+        )

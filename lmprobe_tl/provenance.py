@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,9 +14,9 @@ import numpy as np
 _PACKAGES = ("lmprobe-tl", "torch", "transformer-lens", "scikit-learn")
 
 
-def data_hash(rows: list[list[int]], labels: np.ndarray) -> str:
-    """SHA-256 of the token ids of each prompt and of the labels, in order."""
-    return hashlib.sha256(json.dumps([rows, labels.tolist()]).encode()).hexdigest()
+def data_hash(digests: Sequence[bytes], labels: np.ndarray) -> str:
+    """SHA-256 of the digests of each prompt's token ids and of the labels, in order."""
+    return hashlib.sha256(b"".join(digests) + json.dumps(labels.tolist()).encode()).hexdigest()
 
 
 def classifier_name(classifier: Any) -> str:

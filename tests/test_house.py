@@ -33,14 +33,14 @@ FLOORS = {
     | {"weights_fingerprint", "store.writing", "store.merging"}
     | {"live", "live.records", "live.reduction", "live.watches", "live.scoring_plan", "live.history", "live.crossings"}
     | {"live.rows", "live.columns", "live.run", "live.events", "live.passes", "live.residual_basis"},
-    4: {"inference", "evaluation", "probe", "monitor", "attach", "generation", "scoring"}
+    4: {"inference", "evaluation", "probe", "artefact", "store_examples", "monitor", "attach", "generation", "scoring"}
     | {"live.calibration", "live.sequences", "live.evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
     6: {"colours", "report", "token_text"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}
     | {"terminal.token_style"},
     7: {"cli", "cli.app", "cli.options", "cli.data_files"}
-    | {"cli.calibrate", "cli.demo", "cli.fit", "cli.generate", "cli.inspect", "cli.score"},
+    | {"cli.calibrate", "cli.demo", "cli.extract", "cli.fit", "cli.generate", "cli.inspect", "cli.score"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SKINS = {module for floor in (6, 7) for module in FLOORS[floor]}
@@ -55,6 +55,7 @@ ONLY_IN = {
         "estimators.streaming",
         "metrics",
         "probe",
+        "artefact",
         "cli.fit",
     },
     "transformer_lens": {"hook_points"},

@@ -1,4 +1,4 @@
-"""The command `lmprobe-tl`: demo, fit, calibrate, score, generate, inspect."""
+"""The command `lmprobe-tl`: its subcommands, and how their errors reach the user."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from lmprobe_tl.cli.calibrate import calibrate
 from lmprobe_tl.cli.demo import demo
+from lmprobe_tl.cli.extract import extract, merge
 from lmprobe_tl.cli.fit import fit
 from lmprobe_tl.cli.generate import generate
 from lmprobe_tl.cli.inspect import inspect
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(short_help="Run the whole job on the embedded model, without network.")(demo)
-for command in (fit, calibrate, score, generate, inspect):
+for command in (fit, calibrate, score, generate, extract, merge, inspect):
     app.command()(command)
 
 

@@ -52,6 +52,10 @@ def parse_hook_points(text: str) -> Any:
     return "all" if parts == ["all"] else [one(part) for part in parts]
 
 
+def parse_names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def check_folder_of(out: Path) -> None:
     folder = out.resolve().parent
     if not folder.is_dir():

@@ -23,7 +23,7 @@ from lmprobe_tl.errors import CalibrationError, CalibrationWarning, InputError
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.probe_spec import ThresholdRecord
 from lmprobe_tl.scoring import live_unit, sequence_maxima
-from lmprobe_tl.tokens import MAX_TOKENS_PER_BATCH, Prompt, Truncation, check_prompts
+from lmprobe_tl.tokens import MAX_TOKENS_PER_BATCH, Prompt, Truncation, check_prompts, row_digest
 from lmprobe_tl.weights import ProbeWeights
 
 ROUNDING = 1e-5  # of a float32 score, relative to its size if that is above 1, between one way of batching and another
@@ -153,9 +153,9 @@ def _warn_of_ties(negatives: NDArray[np.float32], threshold: ThresholdRecord) ->
         )
 
 
-def check_unseen(rows: Sequence[Sequence[int]], trained_on: Collection[int], name: str) -> None:
-    """CalibrationError naming the rows of token ids that a probe was trained on, by their hashes."""
-    known = [index for index, row in enumerate(rows) if hash(tuple(row)) in trained_on]
+def check_unseen(rows: Sequence[Sequence[int]], trained_on: Collection[bytes], name: str) -> None:
+    """CalibrationError naming the rows of token ids that a probe was trained on, by their digests."""
+    known = [index for index, row in enumerate(rows) if row_digest(row) in trained_on]
     if known:
         raise CalibrationError(
             f"{len(known)} of the {len(rows)} {name} were trained on, the first at index {known[0]}: their scores say "

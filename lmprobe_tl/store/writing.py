@@ -75,7 +75,7 @@ def extract_to_store(
     prompts: Sequence[Prompt],
     path: str | Path,
     hook_points: HookPoints = "all",
-    pooling: Strategy | list[Strategy] | tuple[Strategy, ...] = "last_token",
+    pooling: Strategy | Sequence[Strategy] = "last_token",
     *,
     dtype: StoreDtype = "float32",
     shard: tuple[int, int] | None = None,

@@ -1,0 +1,65 @@
+"""What a fitted `Probe` has learnt, as the frozen `ProbeWeights` that is saved, shared and attached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sklearn.utils.validation import check_is_fitted
+
+from lmprobe_tl.errors import InputError
+from lmprobe_tl.estimators.linear_rule import linear_rule
+from lmprobe_tl.hook_points import layer_count, model_record, normalization, width
+from lmprobe_tl.pooling import PoolingStrategy
+from lmprobe_tl.probe_spec import PoolingRecord, ProbeSpec
+from lmprobe_tl.provenance import package_versions
+from lmprobe_tl.tokens import tokenizer_record
+from lmprobe_tl.weights import ProbeWeights
+
+
+def artefact_of(probe: Any) -> ProbeWeights:
+    """The weights of a fitted probe, without a threshold.
+
+    InputError for a pooling that a file cannot name, NonlinearClassifierError where no linear rule says what the classifier
+    says.
+    """
+    check_is_fitted(probe, "classifier_")
+    train, inference = probe.poolings()
+    for side in (train, inference):
+        if callable(side):
+            raise InputError(
+                f"pooling {pooling_name(side)!r} is a function, and a probe file holds no code; use a named pooling to save."
+            )
+    d_model, norm = width(probe.model_), normalization(probe.model_)
+    if norm == "layernorm" and inference in ("activation:max", "activation:min"):
+        raise InputError(
+            f"inference pooling {inference!r} on a LayerNorm model depends on whether its weights "
+            "were centred, so such a "
+            "probe would not mean the same elsewhere; use 'score:max' or another pooling to save."
+        )
+    rule = linear_rule(probe.classifier_, probe._sample)
+    direction = torch.from_numpy(rule.direction)
+    if norm == "layernorm":
+        # w.(x - mean(x)) = (w - mean(w)).x, a hook point at a time
+        blocks = direction.reshape(direction.shape[0], len(probe.hook_names_), d_model)
+        direction = (blocks - blocks.mean(dim=-1, keepdim=True)).reshape(direction.shape)
+    spec = ProbeSpec(
+        name=probe.name,
+        hook_points=tuple(probe.hook_names_),
+        d_model=d_model,
+        n_layers=layer_count(probe.model_),
+        labels=tuple(probe.classes_.tolist()),
+        model=model_record(probe.model_),
+        tokenizer=tokenizer_record(probe.model_, probe.prepend_bos),
+        residual_basis="any" if norm == "layernorm" else "raw",
+        normalization=norm,
+        pooling=PoolingRecord(train=str(train), inference=str(inference), include_bos=probe.include_bos),
+        training=probe.training_,
+        versions=package_versions(),
+    )
+    return ProbeWeights(direction.float(), torch.from_numpy(rule.intercept).float(), spec)
+
+
+def pooling_name(pooling: str | PoolingStrategy) -> str:
+    """A strategy as given, or the name of a callable."""
+    return pooling if isinstance(pooling, str) else getattr(pooling, "__name__", type(pooling).__name__)

@@ -1,0 +1,84 @@
+"""`lmprobe-tl extract` and `merge`: activations of a file of prompts in a folder, in any number of processes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lmprobe_tl.cli.data_files import read_prompts
+from lmprobe_tl.cli.options import (
+    MAX_TOKENS_PER_BATCH,
+    BatchOption,
+    BosOption,
+    ModelOption,
+    load_or_demo,
+    parse_hook_points,
+    parse_names,
+)
+from lmprobe_tl.errors import InputError
+
+
+def extract(
+    prompts: Annotated[
+        str, typer.Argument(help="Prompts: .txt (one a line), .jsonl, .csv, or - for lines of standard input.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the activations; an interrupted run goes on there.")],
+    model: ModelOption = None,
+    hook_points: Annotated[
+        str, typer.Option("--hook-points", help="A layer, a hook name, several with commas between, or 'all'.")
+    ] = "all",
+    pooling: Annotated[
+        str, typer.Option("--pooling", help="One or several of last_token, mean, first_token, max, min, eos, all.")
+    ] = "last_token",
+    dtype: Annotated[str, typer.Option("--dtype", help="On disk: float32, float16 or bfloat16.")] = "float32",
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="i/n: this process is the i-th of n, from 0 to n - 1.")
+    ] = None,
+    keep_tokens: Annotated[
+        bool, typer.Option("--keep-tokens", help="Store the token ids too, from which the text can be read.")
+    ] = False,
+    text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
+    max_tokens_per_batch: BatchOption = MAX_TOKENS_PER_BATCH,
+    bos: BosOption = None,
+) -> None:
+    """Write pooled activations of prompts to a folder, from which probes are fitted and layers compared."""
+    part = _parsed_shard(shard)
+    texts = read_prompts(prompts, text_column)
+    loaded = load_or_demo(model)
+    from lmprobe_tl.store.writing import extract_to_store
+
+    store = extract_to_store(
+        loaded,
+        texts,
+        out,
+        parse_hook_points(hook_points),
+        parse_names(pooling),
+        dtype=dtype,  # type: ignore[arg-type]
+        shard=part,
+        keep_tokens=keep_tokens,
+        max_tokens_per_batch=max_tokens_per_batch,
+        prepend_bos=bos,
+    )
+    print(store)
+
+
+def merge(
+    out: Annotated[Path, typer.Argument(help="Folder to write: a new one, or one of the parts.")],
+    parts: Annotated[list[Path], typer.Argument(help="Folders that processes with --shard wrote.")],
+) -> None:
+    """Put together the folders that `extract --shard` wrote on several machines."""
+    from lmprobe_tl.store.merging import merge_stores
+
+    print(merge_stores(out, parts))
+
+
+def _parsed_shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise InputError(f"--shard is {text!r}; expected i/n with i from 0 to n - 1, such as 0/8 for the first of eight.")
+    return int(found[1]), int(found[2])
