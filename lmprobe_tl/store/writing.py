@@ -156,8 +156,8 @@ def extract_to_store(
     return ActivationStore(folder)
 
 
-def _named_poolings(pooling: Strategy | list[Strategy] | tuple[Strategy, ...]) -> tuple[str, ...]:
-    listed: list[Strategy] = list(pooling) if isinstance(pooling, (list, tuple)) else [pooling]
+def _named_poolings(pooling: Strategy | Sequence[Strategy]) -> tuple[str, ...]:
+    listed: list[Strategy] = [pooling] if isinstance(pooling, str) or callable(pooling) else list(pooling)
     for one in listed:
         if callable(one):
             raise InputError(
