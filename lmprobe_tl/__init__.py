@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lmprobe_tl.scoring import score_prompts, sequence_maxima
     from lmprobe_tl.store.merging import merge_stores
     from lmprobe_tl.store.writing import extract_to_store
+    from lmprobe_tl.sweep import sweep
+    from lmprobe_tl.sweep_result import SweepResult
     from lmprobe_tl.weights import ProbeWeights
 
 __version__ = "0.1.0"
@@ -48,6 +50,7 @@ _HOMES = {
     "Probe": "probe",
     "ProbeWeights": "weights",
     "ReductionParameter": "reductions",
+    "SweepResult": "sweep_result",
     "TokenEvent": "live.records",
     "attach_probes": "attach",
     "calibrate_probe": "live.calibration",
@@ -60,6 +63,7 @@ _HOMES = {
     "register_reduction": "reductions",
     "score_prompts": "scoring",
     "sequence_maxima": "scoring",
+    "sweep": "sweep",
 }
 
 __all__ = [
@@ -76,6 +80,7 @@ __all__ = [
     "Probe",
     "ProbeWeights",
     "ReductionParameter",
+    "SweepResult",
     "TokenEvent",
     "attach_probes",
     "calibrate_probe",
@@ -89,6 +94,7 @@ __all__ = [
     "register_reduction",
     "score_prompts",
     "sequence_maxima",
+    "sweep",
 ]
 
 

@@ -96,7 +96,7 @@ def no_model_may_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    for command in ("calibrate", "fit", "generate", "score"):
+    for command in ("calibrate", "extract", "fit", "generate", "score", "sweep"):
         monkeypatch.setattr(f"lmprobe_tl.cli.{command}.load_or_demo", never)
 
 
@@ -580,7 +580,7 @@ def test_inspect_prints_every_row_of_the_summary(run: Run, probes: dict[str, Pat
 
 def test_without_arguments_the_command_explains_itself(run: Run) -> None:
     assert run().fine == run("--help").fine
-    for command in ("demo", "fit", "calibrate", "score", "generate", "inspect"):
+    for command in ("demo", "fit", "calibrate", "score", "generate", "extract", "merge", "sweep", "inspect"):
         assert re.search(rf"^  {command}\s+[A-Z].*[.]$", run().out, re.M), command
         assert "Usage:" in run(command, "--help").fine
 

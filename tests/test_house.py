@@ -18,7 +18,7 @@ FLOORS = {
     0: {"errors", "types", "files"},
     1: {"masks", "pooling", "reductions", "online", "twins", "twin_check"},
     2: {"checked_record", "probe_spec", "weights", "probe_file", "probe_summary", "labels", "metrics", "calibration"}
-    | {"provenance", "store", "store.record", "activation_store"}
+    | {"provenance", "store", "store.record", "activation_store", "splits", "token_bag"}
     | {"estimators", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean", "estimators.streaming"},
     3: {
         "forward_watch",
@@ -33,14 +33,27 @@ FLOORS = {
     | {"weights_fingerprint", "store.writing", "store.merging"}
     | {"live", "live.records", "live.reduction", "live.watches", "live.scoring_plan", "live.history", "live.crossings"}
     | {"live.rows", "live.columns", "live.run", "live.events", "live.passes", "live.residual_basis"},
-    4: {"inference", "evaluation", "probe", "artefact", "store_examples", "monitor", "attach", "generation", "scoring"}
+    4: {
+        "inference",
+        "evaluation",
+        "probe",
+        "artefact",
+        "store_examples",
+        "sweep",
+        "sweep_result",
+        "plots",
+        "monitor",
+        "attach",
+        "generation",
+        "scoring",
+    }
     | {"live.calibration", "live.sequences", "live.evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
     6: {"colours", "report", "token_text"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}
     | {"terminal.token_style"},
     7: {"cli", "cli.app", "cli.options", "cli.data_files"}
-    | {"cli.calibrate", "cli.demo", "cli.extract", "cli.fit", "cli.generate", "cli.inspect", "cli.score"},
+    | {"cli.calibrate", "cli.demo", "cli.extract", "cli.fit", "cli.generate", "cli.inspect", "cli.score", "cli.sweep"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SKINS = {module for floor in (6, 7) for module in FLOORS[floor]}
@@ -56,10 +69,15 @@ ONLY_IN = {
         "metrics",
         "probe",
         "artefact",
+        "splits",
+        "sweep_judge",
+        "token_bag",
         "cli.fit",
     },
     "transformer_lens": {"hook_points"},
     "transformers": {"monitor", "demo.train_model", "cli.options"},
+    "matplotlib": {"plots"},
+    "pandas": {"sweep_result"},
     "typer": {name for name in FLOORS[7] if name.startswith("cli.")},
     "rich": {"cli.demo", "cli.generate"} | {name for name in FLOORS[6] if name.startswith("terminal.")},
 }

@@ -17,6 +17,7 @@ from lmprobe_tl.cli.fit import fit
 from lmprobe_tl.cli.generate import generate
 from lmprobe_tl.cli.inspect import inspect
 from lmprobe_tl.cli.score import score
+from lmprobe_tl.cli.sweep import sweep
 from lmprobe_tl.errors import LmprobeError, LmprobeWarning
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(short_help="Run the whole job on the embedded model, without network.")(demo)
-for command in (fit, calibrate, score, generate, extract, merge, inspect):
+for command in (fit, calibrate, score, generate, extract, merge, sweep, inspect):
     app.command()(command)
 
 

@@ -56,7 +56,7 @@ def parse_names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def check_folder_of(out: Path) -> None:
+def check_folder_of(out: Path, option: str = "--out") -> None:
     folder = out.resolve().parent
     if not folder.is_dir():
-        raise InputError(f"--out is {str(out)!r}, but there is no folder {str(folder)!r}.")
+        raise InputError(f"{option} is {str(out)!r}, but there is no folder {str(folder)!r}.")
