@@ -40,6 +40,8 @@ FLOORS = {
         "artefact",
         "store_examples",
         "sweep",
+        "sweep_examples",
+        "sweep_judge",
         "sweep_result",
         "plots",
         "monitor",
