@@ -39,6 +39,7 @@ FLOORS = {
         "evaluation",
         "probe",
         "artefact",
+        "features",
         "store_examples",
         "sweep",
         "sweep_examples",
