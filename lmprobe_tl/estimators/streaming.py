@@ -85,7 +85,7 @@ def _fit_lda(passes: Passes, classes: NDArray[Any], classifier: LinearDiscrimina
         covariances = (_shrunk(scatter / n, classifier.shrinkage or 0.0) for scatter, n in _by_class(moments))
     covariance = sum(share * one for share, one in zip(shares, covariances, strict=True))
     if len(classes) == 2:
-        # For the difference of the means: that of two solutions would lose the digits that large means share.
+        # From the difference of the means: far from zero, that of two intercepts would lose the digits that they share.
         coef = lstsq(covariance, means[1] - means[0])[0][None]
         intercept = -0.5 * coef @ (means[0] + means[1]) + np.log(shares[1] / shares[0])
     else:
