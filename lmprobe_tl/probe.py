@@ -57,7 +57,8 @@ class Probe(ClassifierMixin, BaseEstimator):
     pooling: for training and inference; `train_pooling` and `inference_pooling` win over it. Training takes 'last_token',
     'mean', 'first_token', 'eos', 'all' (each token an example) or a callable; inference takes these, 'max' and 'min' of
     scores, every form with a 'score:' or 'activation:' prefix, and the streaming reductions, as 'score:ema_max(0.5)'.
-    classifier: 'logistic_regression', 'mass_mean', or any scikit-learn classifier; only one with a linear rule can be saved.
+    classifier: 'logistic_regression', 'ridge', 'lda', 'mass_mean', 'mass_mean_whitened', or any scikit-learn classifier;
+        only one with a linear rule can be saved.
     include_bos: let a leading BOS count where it does not ('mean', 'max', 'min', 'all', callables).
     equal_prompt_weight: with train_pooling 'all', let every prompt weigh the same, not every token.
     prepend_bos, max_length, truncation: how prompts become tokens; see `tokenize_prompts`.

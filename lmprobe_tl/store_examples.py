@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lmprobe_tl.activation_store import ActivationStore
 from lmprobe_tl.errors import InputError, StoreError
-from lmprobe_tl.estimators.streaming import Block
+from lmprobe_tl.estimators.blocks import Block
 from lmprobe_tl.forward_batches import centred
 from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
 from lmprobe_tl.tokens import tokenizer_record

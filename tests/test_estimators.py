@@ -217,6 +217,16 @@ def test_redundant_features_leave_the_whitened_probabilities_alone():
     np.testing.assert_allclose(probabilities, expected, atol=1e-6)
 
 
+def test_a_constant_feature_gets_no_weight_whatever_its_value():
+    """0.1 is no binary fraction: its mean over 35 examples is another number, which is no variance."""
+    features, labels = gaussian_classes(n_examples=35)
+    constant = np.column_stack([features, np.full(35, 0.1)])
+    fitted = MassMeanClassifier(covariance=True).fit(constant, labels)
+    assert fitted.coef_[0, -1] == 0.0
+    expected = MassMeanClassifier(covariance=True).fit(features, labels)
+    np.testing.assert_allclose(fitted.coef_[0, :-1], expected.coef_[0])
+
+
 def test_equal_class_means_leave_the_share_of_the_classes():
     features, labels = np.array([[1.0], [-1.0], [1.0], [-1.0], [0.0]]), np.array([0, 0, 1, 1, 1])
     fitted = MassMeanClassifier().fit(features, labels)

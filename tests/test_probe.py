@@ -217,7 +217,11 @@ def test_three_classes(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(
-    "classifier", ["mass_mean", LinearSVC(), make_pipeline(StandardScaler(), LogisticRegressionCV(cv=3))]
+    "classifier",
+    [
+        *["lda", "mass_mean", "mass_mean_whitened", "ridge"],
+        *[LinearSVC(), make_pipeline(StandardScaler(), LogisticRegressionCV(cv=3))],
+    ],
 )
 def test_other_linear_classifiers_save_and_reload(llama: Tiny, classifier: Any, tmp_path: Any) -> None:
     probe = make_probe(llama, classifier=classifier).fit(PROMPTS, LABELS)

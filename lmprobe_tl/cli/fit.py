@@ -33,7 +33,7 @@ def fit(
         str | None, typer.Option("--inference-pooling", help="Another pooling for use, as score:max.")
     ] = None,
     classifier: Annotated[
-        str, typer.Option("--classifier", help="logistic_regression or mass_mean.")
+        str, typer.Option("--classifier", help="logistic_regression, ridge, lda, mass_mean or mass_mean_whitened.")
     ] = "logistic_regression",
     name: Annotated[str | None, typer.Option("--name", help="Name of the probe; by default that of the file.")] = None,
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",

@@ -49,10 +49,14 @@ def _weight_argument(classifier: Any, sample_weight: Array) -> dict[str, Array]:
             return {f"{last_name}__sample_weight": sample_weight}
     elif "sample_weight" in inspect.signature(classifier.fit).parameters:
         return {"sample_weight": sample_weight}
-    raise InputError(
+    raise no_weights_error(classifier)
+
+
+def no_weights_error(classifier: Any) -> InputError:
+    """What to raise where a classifier that takes no sample weights is given some."""
+    return InputError(
         f"{type(classifier).__name__} takes no sample weights, so prompts cannot weigh the same; "
-        "use a classifier that does, or "
-        "equal_prompt_weight=False."
+        "use a classifier that does, or equal_prompt_weight=False."
     )
 
 

@@ -13,6 +13,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.estimators.blocks import Block, Blocks, Moments, standard_deviation
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -53,20 +54,37 @@ class MassMeanClassifier(ClassifierMixin, BaseEstimator):
         if len(self.classes_) < 2:
             raise InputError(f"A classifier needs at least two classes, but the labels hold one class: {self.classes_}.")
 
-        member = np.eye(len(self.classes_))[class_index] * weight[:, None]  # [n_examples n_classes]
-        class_weight = member.sum(axis=0)
-        self.class_means_ = member.T @ X / class_weight[:, None]
+        return self.fit_blocks(lambda: [Block(X, class_index, weight)], self.classes_)
+
+    def fit_blocks(self, blocks: Blocks, classes: NDArray[Any]) -> MassMeanClassifier:
+        """Fit in two passes over blocks, one for the moments and one for the logit's scale; see `Blocks`.
+
+        classes: sorted, at least two, each with weight in some block; the indices in the blocks stand for them. Of all
+        examples at once only the projections [n_examples n_classes] are kept. Raises InputError where covariance=True finds
+        no variance.
+        """
+        moments = Moments(len(classes), with_scatter=self.covariance, only_pooled=True)
+        for block in blocks():
+            moments.add(block)
+        self.classes_, self.class_means_, self.n_features_in_ = classes, moments.means, moments.means.shape[1]
 
         # Softmax ignores what all classes share, so means may be measured from their midpoint, where digits are not lost
         midpoint = self.class_means_.mean(axis=0)
         means = self.class_means_ - midpoint
-        directions = self._whiten(X - self.class_means_[class_index], weight, means) if self.covariance else means
+        directions = _whiten(moments, means) if self.covariance else means
         offsets = -0.5 * (directions * means).sum(axis=1)
 
-        scale, shift = _fit_scale((X - midpoint) @ directions.T + offsets, class_index, weight, class_weight)
+        scores, class_index, weight = [], [], []
+        for block in blocks():
+            scores.append((block.features - midpoint) @ directions.T + offsets)
+            class_index.append(block.classes)
+            weight.append(np.ones(len(block.classes)) if block.weight is None else block.weight)
+        scale, shift = _fit_scale(
+            np.concatenate(scores), np.concatenate(class_index), np.concatenate(weight), moments.weight
+        )
         coef = scale * directions
         intercept = scale * offsets + shift - coef @ midpoint
-        if len(self.classes_) == 2:
+        if len(classes) == 2:
             coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
         self.coef_, self.intercept_ = coef, intercept
         return self
@@ -91,21 +109,22 @@ class MassMeanClassifier(ClassifierMixin, BaseEstimator):
         index = (logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)
         return self.classes_[index]
 
-    @staticmethod
-    def _whiten(residuals: Array, weight: Array, means: Array) -> Array:
-        """Sigma^-1 means: [n_classes n_features]; residuals: [n_examples n_features], each from the mean of its class."""
-        covariance = (residuals * weight[:, None]).T @ residuals / weight.sum()
-        deviation = np.sqrt(np.diag(covariance))
-        if not deviation.any():
-            raise InputError(
-                "covariance=True needs classes with some variance, but within each class all examples are equal. "
-                "Give more examples, or use covariance=False."
-            )
-        deviation[deviation == 0] = 1.0  # such a feature has no correlation either, and drops out with eigenvalue 0
-        correlation = covariance / deviation[:, None] / deviation
-        eigenvalues, eigenvectors = np.linalg.eigh(correlation)
-        kept = eigenvalues > EIGENVALUE_CUTOFF
-        return (means / deviation @ eigenvectors[:, kept] / eigenvalues[kept]) @ eigenvectors[:, kept].T / deviation
+
+def _whiten(moments: Moments, means: Array) -> Array:
+    """Sigma^-1 means: [n_classes n_features]; Sigma is the pooled scatter of the moments over their weight."""
+    covariance = moments.scatter[0] / moments.weight.sum()
+    largest = np.abs(moments.means).max(axis=0)
+    deviation = standard_deviation(np.diag(covariance), largest, int(moments.count.sum()))
+    if not deviation.any():
+        raise InputError(
+            "covariance=True needs classes with some variance, but within each class all examples are equal. "
+            "Give more examples, or use covariance=False."
+        )
+    deviation[deviation == 0] = np.inf  # a constant feature correlates with none, and drops out with eigenvalue 0
+    correlation = covariance / deviation[:, None] / deviation
+    eigenvalues, eigenvectors = np.linalg.eigh(correlation)
+    kept = eigenvalues > EIGENVALUE_CUTOFF
+    return (means / deviation @ eigenvectors[:, kept] / eigenvalues[kept]) @ eigenvectors[:, kept].T / deviation
 
 
 def _validated_weight(sample_weight: Any, n_examples: int) -> Array:
