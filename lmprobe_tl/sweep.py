@@ -104,13 +104,13 @@ def sweep(
         for hook_name, pooling in combinations:
             values = features(hook_name, pooling)[selection]
             for classifier in classifiers:
-                interval = judge.validated(make_classifier(classifier, random_state), values)
+                interval = judge.validated(classifier, make_classifier(classifier, random_state), values)
                 found.append(SweepRow(hook_name, layer_of(hook_name), pooling, classifier_name(classifier), interval))
                 bar.update()
     at = max(range(len(found)), key=lambda index: found[index].validation.value)  # the first of equals
     best, classifier = found[at], classifiers[at % len(classifiers)]
     values = features(best.hook_point, best.pooling)
-    fitted = judge.fitted(make_classifier(classifier, random_state), values)
+    fitted = judge.fitted(classifier, make_classifier(classifier, random_state), values)
     probe = Probe(
         model,
         best.hook_point,
@@ -130,8 +130,8 @@ def sweep(
         rows=tuple(found),
         best_=best,
         test=judge.tested(fitted, values, best.pooling),
-        baseline=judge.validated(bag, examples.documents[selection]),
-        baseline_test=judge.tested(judge.fitted(bag, examples.documents), examples.documents, "none").auroc,
+        baseline=judge.validated(bag, bag, examples.documents[selection]),
+        baseline_test=judge.tested(judge.fitted(bag, bag, examples.documents), examples.documents, "none").auroc,
         level=examples.level,
         validation=validation,
         n_selection=len(np.unique(examples.prompts[selection])),

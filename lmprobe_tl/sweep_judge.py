@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 
-from lmprobe_tl.estimators.fitting import fit_classifier, logits_of, probabilities_of
+from lmprobe_tl.estimators.fitting import logits_of, probabilities_of
+from lmprobe_tl.estimators.streaming import fit_features
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
 from lmprobe_tl.metrics import Interval, auroc, bootstrap_interval
 from lmprobe_tl.splits import Indices
@@ -30,12 +31,15 @@ class SweepJudge:
     confidence: float
     random_state: int | None
 
-    def validated(self, classifier: Any, values: Array) -> Interval:
-        """AUROC of an unfitted classifier on features [n_selection ...] of the selection: the mean over splits."""
+    def validated(self, given: Any, classifier: Any, values: Array) -> Interval:
+        """AUROC of a classifier on features [n_selection ...] of the selection: the mean over splits.
+
+        given: the name or instance that the unfitted `classifier` was made from.
+        """
         labels, groups = self.examples.labels[self.selection], self.examples.groups[self.selection]
         parts = []
         for fold, (train, validate) in enumerate(self.splits):
-            fitted = fit_classifier(clone(classifier), values[train], labels[train], groups=groups[train])
+            fitted = fit_features(given, clone(classifier), values[train], labels[train], groups=groups[train])
             scores = _scores(fitted, values[validate])
             parts.append((validate, np.column_stack([np.full(len(validate), fold), scores])))
         order = np.concatenate([validate for validate, _ in parts])
@@ -49,9 +53,9 @@ class SweepJudge:
             random_state=self.random_state,
         )
 
-    def fitted(self, classifier: Any, values: Array) -> Any:
+    def fitted(self, given: Any, classifier: Any, values: Array) -> Any:
         labels, groups = self.examples.labels[self.selection], self.examples.groups[self.selection]
-        return fit_classifier(clone(classifier), values[self.selection], labels, groups=groups)
+        return fit_features(given, clone(classifier), values[self.selection], labels, groups=groups)
 
     def tested(self, fitted: Any, values: Array, pooling: str) -> Evaluation:
         probabilities = probabilities_of(fitted, values[self.test])

@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.blocks import Block, Blocks, Moments, Passes, standard_deviation
-from lmprobe_tl.estimators.fitting import no_weights_error
+from lmprobe_tl.estimators.fitting import fit_classifier, no_weights_error
 from lmprobe_tl.estimators.mass_mean import MassMeanClassifier
 
 Array: TypeAlias = NDArray[np.float64]
@@ -48,6 +48,26 @@ def fit_blocks(name: str, classifier: Any, blocks: Blocks, classes: NDArray[Any]
     if not can_stream(name):
         raise InputError(f"{name!r} cannot be fitted in blocks. Those that can: {', '.join(map(repr, sorted(_FITS)))}.")
     return _FITS[name](Passes(blocks, np.asarray(classes)), np.asarray(classes), clone(classifier))
+
+
+def fit_features(
+    given: Any,
+    classifier: Any,
+    features: NDArray[Any],
+    labels: NDArray[Any],
+    *,
+    groups: NDArray[Any] | None = None,
+    sample_weight: Array | None = None,
+) -> Any:
+    """Fit on features that are in memory: a named classifier as one block, so that blocks and memory give the same; any
+    other by its own `fit`.
+
+    given: the name or instance that `classifier` was made from; the rest as in `fit_classifier`.
+    """
+    if not can_stream(given):
+        return fit_classifier(classifier, features, labels, groups=groups, sample_weight=sample_weight)
+    classes, index = np.unique(labels, return_inverse=True)
+    return fit_blocks(given, classifier, lambda: [Block(features, index, sample_weight)], classes)
 
 
 def _fit_mass_mean(passes: Passes, classes: NDArray[Any], classifier: MassMeanClassifier) -> MassMeanClassifier:
