@@ -137,7 +137,7 @@ class ActivationStore:
     def values(self, hook_points: StoredHookPoints = None, pooling: str | None = None) -> Tensor:
         """All rows at once, in memory: [n_prompts n_features], or [n_tokens n_features] with pooling 'all'."""
         names, pooling = self.hook_names(hook_points), self.check_pooling(pooling)
-        n_rows = self.n_tokens if pooling == "all" else self.n_prompts
+        n_rows = int(self.lengths().sum()) if pooling == "all" else self.n_prompts
         result, done = torch.empty(0), 0
         for chunk in self.chunks(names, pooling):
             if not done:

@@ -151,7 +151,10 @@ def read_manifest(folder: Path) -> StoreManifest:
     """StoreError where there is none, or none that can be read."""
     document = read_json(folder / MANIFEST)
     if document.get("format") != FORMAT:
-        raise StoreError(f"{str(folder / MANIFEST)!r} is no manifest of an activation store; expected format {FORMAT!r}.")
+        raise StoreError(
+            f"{str(folder / MANIFEST)!r} is no manifest of an activation store; expected format {FORMAT!r}. Choose another "
+            "folder."
+        )
     if document.get("format_version") != FORMAT_VERSION:
         raise StoreError(
             f"{str(folder)!r} has format version {document.get('format_version')!r}; this lmprobe_tl reads "
