@@ -446,9 +446,9 @@ def test_prompts_are_named_by_their_place_in_the_whole_list(
 
 @pytest.fixture(scope="module")
 def loud(all_tiny: dict[str, Tiny]) -> Any:
-    """A model that gives token 250 a huge activation."""
+    """A model that gives token 250 one huge number."""
     model = load_model(all_tiny["llama"].folder)
-    model.original_model.model.embed_tokens.weight.data[250] = 1e5
+    model.original_model.model.embed_tokens.weight.data[250, 3] = 1e5
     return model
 
 

@@ -774,7 +774,7 @@ def test_centring_afterwards_is_centring_before(tiny_folders: dict[str, Path], d
         hidden = tokens[raw.offsets[index] : raw.offsets[index + 1]]
         for pooling in POOLINGS:
             one, name = found[name_of(pooling)], name_of(pooling)
-            expected = REFERENCE[name](hidden, [-1, *row[1:]])  # no BOS to leave out
+            expected = REFERENCE[name](hidden, [-1 if token == BOS else token for token in row])  # BOS counts
             values = one.values[POST]
             values = values[one.offsets[index] : one.offsets[index + 1]] if pooling == "all" else values[index]
             torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
@@ -839,7 +839,7 @@ def fails_above(model: Any, n_tokens: int, error: BaseException, *, module: Any 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: f"{type(error).__name__} {str(error)[:12]}")
 @pytest.mark.parametrize("block", [None, 2])
 def test_a_batch_that_does_not_fit_is_halved(
-    gpt2: Tiny, hidden_states: dict[str, Any], error: Any, block: int | None
+    gpt2: Tiny, hidden_states: dict[str, Any], error: BaseException, block: int | None
 ) -> None:
     """At the model's door, or in the middle of a pass, where a part of the hook points has been seen."""
     module = None if block is None else blocks_of(gpt2.bridge.original_model)[block]

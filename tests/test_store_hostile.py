@@ -55,9 +55,8 @@ def everything(folder: Path) -> list[Any]:
     """All that can be read from a store, as lists."""
     store = ActivationStore(folder)
     store.verify()
-    values = [
-        store.values(layer, pooling).tolist() for layer in (1, "blocks.2.hook_resid_post") for pooling in ("mean", "all")
-    ]
+    layers = (1, "blocks.2.hook_resid_post")
+    values = [store.values(layer, pooling).tolist() for layer in layers for pooling in ("mean", "all")]
     return [*values, store.tokens(), store.lengths().tolist(), store.digests().tolist(), store.n_tokens, repr(store)[-60:]]
 
 
