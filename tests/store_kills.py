@@ -26,7 +26,7 @@ from lmprobe_tl.hook_points import load_model
 
 ASYNCHRONOUS_KILLS = 12
 SETTINGS: dict[str, Any] = {
-    "hook_points": [1, 3],
+    "hook_points": [0, 1],  # low: a pass ends after the last of them
     "pooling": ["mean", "all"],
     "keep_tokens": True,
     "prompts_per_shard": 5,
@@ -264,13 +264,13 @@ def memory_of(folder: Path, action: Callable[[], object]) -> float:
 
 def memory(model: Any, folder: Path) -> dict[str, float]:
     def store(n_prompts: int) -> None:
-        extract_to_store(model, Lazy(n_prompts), folder / f"of-{n_prompts}", 1, "all", prompts_per_shard=250, progress=False)
+        extract_to_store(model, Lazy(n_prompts), folder / f"of-{n_prompts}", 0, "all", prompts_per_shard=250, progress=False)
 
     return {
         "store of 2,000": memory_of(folder, lambda: store(2000)),
         "store of 8,000": memory_of(folder, lambda: store(8000)),
-        "in memory, of 2,000": memory_of(folder, lambda: extract_activations(model, Lazy(2000), 1, "all", progress=False)),
-        "in memory, of 8,000": memory_of(folder, lambda: extract_activations(model, Lazy(8000), 1, "all", progress=False)),
+        "in memory, of 2,000": memory_of(folder, lambda: extract_activations(model, Lazy(2000), 0, "all", progress=False)),
+        "in memory, of 8,000": memory_of(folder, lambda: extract_activations(model, Lazy(8000), 0, "all", progress=False)),
     }
 
 
