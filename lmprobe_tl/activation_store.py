@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor
 from lmprobe_tl.errors import InputError, StoreError
 from lmprobe_tl.store.record import (
     DIGESTS,
+    DTYPES,
     INDEX,
     LENGTHS,
     TOKEN_COUNTS,
     TOKENS,
     ShardRecord,
     StoreManifest,
-    parsed,
-    read_json,
+    read_index,
     read_manifest,
     shard_path,
     tensor_sha256,
@@ -57,6 +58,7 @@ class ActivationStore:
         self.manifest: StoreManifest = read_manifest(self.path)
         self._index: list[ShardRecord] | None = None
         self._verified: set[tuple[int, str]] = set()
+        self._widths: dict[str, int] = {}  # of the tensors of activations
 
     def __repr__(self) -> str:
         missing = len(self.missing_shards)
@@ -101,12 +103,7 @@ class ActivationStore:
                     f"{str(self.path)!r} is not complete: {detail}. Run the same extraction again, which goes on where it "
                     "stopped, or merge_stores where its parts were written apart."
                 )
-            listed = read_json(self.path / INDEX).get("shards")
-            records = [parsed(ShardRecord, one, self.path / INDEX) for one in listed or []]
-            ranges = [range(record.start, record.stop) for record in records]
-            if ranges != [self.manifest.prompts_of(shard) for shard in range(self.manifest.n_shards)]:
-                raise StoreError(f"{str(self.path / INDEX)!r} does not list the shards of this store; extract again.")
-            self._index = records
+            self._index = read_index(self.path, self.manifest)
         return self._index
 
     # --- reading ---
@@ -119,6 +116,8 @@ class ActivationStore:
         hook_points: layers or names, None for all of the store; pooling: may be left out where the store has one.
         """
         names, pooling = self.hook_names(hook_points), self.check_pooling(pooling)
+        if max_rows is not None and (not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 1):
+            raise InputError(f"max_rows is {max_rows!r}; expected None (a shard at a time) or an integer of at least 1.")
         for shard in range(len(self.records)):
             yield from self.shard_chunks(shard, names, pooling, max_rows=max_rows)
 
@@ -138,7 +137,7 @@ class ActivationStore:
     def values(self, hook_points: StoredHookPoints = None, pooling: str | None = None) -> Tensor:
         """All rows at once, in memory: [n_prompts n_features], or [n_tokens n_features] with pooling 'all'."""
         names, pooling = self.hook_names(hook_points), self.check_pooling(pooling)
-        n_rows = self.n_tokens if pooling == "all" else self.n_prompts
+        n_rows = int(self.lengths().sum()) if pooling == "all" else self.n_prompts
         result, done = torch.empty(0), 0
         for chunk in self.chunks(names, pooling):
             if not done:
@@ -159,8 +158,11 @@ class ActivationStore:
         """Token ids of each prompt, BOS included. InputError where they were not kept."""
         if not self.manifest.keeps_tokens:
             raise InputError("this store does not hold the token ids; extract with keep_tokens=True to have them.")
-        ends = np.cumsum(self._gathered(TOKEN_COUNTS))[:-1]
-        return [row.tolist() for row in np.split(self._gathered(TOKENS), ends)]
+        rows: list[list[int]] = []
+        for shard in range(len(self.records)):
+            ends = self._tensor(shard, TOKEN_COUNTS).numpy().cumsum()
+            rows += [row.tolist() for row in np.split(self._tensor(shard, TOKENS).numpy(), ends[:-1])]
+        return rows
 
     def _gathered(self, name: str) -> np.ndarray:
         return np.concatenate([self._tensor(shard, name).numpy() for shard in range(len(self.records))])
@@ -180,26 +182,45 @@ class ActivationStore:
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{str(path)!r} cannot be read: {error}. {_AGAIN}") from error
         if (shard, name) not in self._verified:
-            if tensor_sha256(tensor) != self.records[shard].sha256.get(name):
+            record = self.records[shard]
+            if tensor_sha256(tensor) != record.sha256[name] or not self._fits(tensor, record, name):
                 raise StoreError(f"{str(path)!r}: tensor {name!r} is not what was written there. {_AGAIN}")
             self._verified.add((shard, name))
         return tensor
+
+    def _fits(self, tensor: Tensor, record: ShardRecord, name: str) -> bool:
+        """Whether type and shape, which the checksum does not see, are those of the store."""
+        found, n_prompts = (tensor.dtype, *tensor.shape), record.n_prompts
+        if name == LENGTHS:
+            whole = found == (torch.int32, n_prompts)
+            return whole and int(tensor.min()) >= 1 and int(tensor.sum()) == record.n_tokens
+        if name in (TOKENS, TOKEN_COUNTS):
+            return found == (torch.int32, tensor.numel() if name == TOKENS else n_prompts)
+        if name == DIGESTS:
+            return found == (torch.uint8, n_prompts, 16)
+        rows = record.n_tokens if name.startswith("all/") else n_prompts
+        width = self._widths.setdefault(name, tensor.shape[-1]) if tensor.ndim else 0
+        return found == (DTYPES[self.manifest.dtype], rows, width)
 
     # --- names ---
 
     def hook_names(self, hook_points: StoredHookPoints = None) -> list[str]:
         """Full names of the wanted hook points; InputError for one that the store does not have."""
-        wanted = list(self.hook_points) if hook_points is None else hook_points
-        names = [self._full_name(one) for one in ([wanted] if isinstance(wanted, (int, str)) else wanted)]
+        wanted = self.hook_points if hook_points is None else hook_points
+        wanted = wanted.tolist() if hasattr(wanted, "tolist") else wanted  # numpy and torch
+        names = [self._full_name(one) for one in (wanted if isinstance(wanted, (list, tuple, range)) else [wanted])]
         unknown = [name for name in names if name not in self.hook_points]
         if unknown or not names:
             which = repr(unknown[0]) if unknown else "in an empty list"
             raise InputError(f"this store has no hook point {which}; it has {', '.join(self.hook_points)}.")
         return names
 
-    def _full_name(self, hook_point: int | str) -> str:
+    def _full_name(self, hook_point: Any) -> str:
+        hook_point = hook_point.item() if hasattr(hook_point, "item") else hook_point
         if isinstance(hook_point, str):
             return hook_point
+        if not isinstance(hook_point, int) or isinstance(hook_point, bool):
+            raise InputError(f"{hook_point!r} is no hook point; expected a layer (int), a hook name, or a list of these.")
         layers = self.manifest.n_layers
         return f"blocks.{hook_point % layers if -layers <= hook_point < layers else hook_point}.hook_resid_post"
 

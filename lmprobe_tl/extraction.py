@@ -144,18 +144,21 @@ def extract_poolings(
     *,
     include_bos: bool = False,
     centre: bool = False,
+    first: int = 0,
     **batching: Any,
 ) -> dict[str, ExtractedActivations]:
     """`extract_activations` for rows of token ids, full hook names and several poolings, by name.
 
-    centre: subtract each token's mean over d_model first. batching: as in `run_batches`.
+    centre: subtract each token's mean over d_model first. first: what errors call the first row's prompt. batching: as in
+    `run_batches`.
     """
     wanted = activation_poolings(poolings)
     counts = counted_lengths(rows, bos_id(model), include_bos)
-    check_rows_count(counts)
+    check_rows_count(counts, first=first)
     if "eos" in poolings or "activation:eos" in poolings:
-        _check_rows_have_eos(model, rows)
+        _check_rows_have_eos(model, rows, first)
     unique, occurrences = _without_repeats(rows)
+    numbers = [first + index for index in unique]
     results = {
         name: _Result(
             BatchPooler(model, strategy, include_bos=include_bos, centre=centre), [counts[index] for index in unique]
@@ -166,10 +169,11 @@ def extract_poolings(
     def keep(activations: Tensor, batch: Batch) -> list[Tensor]:
         return [result.pooler(activations, batch) for result in results.values()]
 
-    for batch, kept in run_batches(model, [rows[index] for index in unique], hook_names, keep, **batching):
+    computed = [rows[index] for index in unique]
+    for batch, kept in run_batches(model, computed, hook_names, keep, numbers=numbers, **batching):
         for hook_name, pooled in kept.items():
             for result, values in zip(results.values(), pooled, strict=True):
-                result.add(hook_name, batch.indices, values.cpu(), [unique[index] for index in batch.indices])
+                result.add(hook_name, batch.indices, values.cpu(), [numbers[index] for index in batch.indices])
     return {name: result.finished(rows, hook_names, occurrences) for name, result in results.items()}
 
 
@@ -184,10 +188,10 @@ def _without_repeats(rows: list[list[int]]) -> tuple[list[int], Tensor | None]:
     return indices.tolist(), which
 
 
-def _check_rows_have_eos(model: Any, rows: list[list[int]]) -> None:
+def _check_rows_have_eos(model: Any, rows: list[list[int]], first: int) -> None:
     # A leading BOS ends nothing, though GPT-2 has one id for BOS and EOS.
     ids, bos = set(end_of_sequence_ids(model)), bos_id(model)
-    without = [index for index, row in enumerate(rows) if ids.isdisjoint(row[1:] if row[:1] == [bos] else row)]
+    without = [index for index, row in enumerate(rows, first) if ids.isdisjoint(row[1:] if row[:1] == [bos] else row)]
     if without:
         raise InputError(
             f"pooling 'eos', but no token of prompt {without[0]} is EOS (ids {sorted(ids)}); {len(without)} such prompts."

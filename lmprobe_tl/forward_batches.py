@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from einops import reduce
@@ -48,12 +48,14 @@ def run_batches(
     sort_by_length: bool = True,
     padding_side: str = "right",
     progress: bool | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[tuple[Batch, dict[str, Kept]]]:
     """Run the rows through the model; yield each batch with what `keep` made of its activations, by hook name.
 
     keep: (activations [batch pos d_model] in the model's dtype, on the layer's device; batch) -> what to hold on to; it runs
     inside the forward pass and must not write to the activations.
     A batch that does not fit in the device's memory is halved, and so are later ones of its size.
+    numbers: what errors call the rows' prompts; None: by the rows' own places.
     """
     lengths = [len(row) for row in rows]
     waiting = deque(batches_by_length(lengths, batch_size, max_tokens=max_tokens_per_batch, sort=sort_by_length))
@@ -73,19 +75,23 @@ def run_batches(
                 kept = _kept_if_it_fits(model, batch, hook_names, keep)
             if kept is None:
                 fits = min(fits, size)
-                waiting.extendleft(_halves(indices, lengths))
+                if len(indices) == 1:
+                    _refuse_alone(indices[0] if numbers is None else numbers[indices[0]], size)
+                waiting.extendleft(_halves(indices))
                 continue
             yield batch, kept
             bar.update(len(indices))
 
 
-def _halves(indices: list[int], lengths: Sequence[int]) -> list[list[int]]:
+def _refuse_alone(prompt: int, length: int) -> NoReturn:
+    raise InputError(
+        f"prompt {prompt} ({length} tokens) does not fit in the device's memory, even alone. Shorten it (max_length=..., "
+        "truncation=...), take fewer hook points, or a device with more memory."
+    )
+
+
+def _halves(indices: list[int]) -> list[list[int]]:
     """The second half first, as a deque takes them from the left."""
-    if len(indices) == 1:
-        raise InputError(
-            f"prompt {indices[0]} ({lengths[indices[0]]} tokens) does not fit in the device's memory, even alone. Shorten "
-            "it (max_length=..., truncation=...), take fewer hook points, or a device with more memory."
-        )
     middle = len(indices) // 2
     return [indices[middle:], indices[:middle]]
 

@@ -18,7 +18,7 @@ from lmprobe_tl.calibration import Calibration
 from lmprobe_tl.errors import InputError, PoolingMismatchWarning
 from lmprobe_tl.estimators import make_classifier
 from lmprobe_tl.estimators.fitting import fit_classifier
-from lmprobe_tl.estimators.streaming import can_stream, fit_blocks
+from lmprobe_tl.estimators.streaming import can_stream, fit_blocks, fit_features
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
 from lmprobe_tl.extraction import extract_rows
 from lmprobe_tl.features import are_constant, constant_error, evenly_spread
@@ -189,7 +189,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         if groups is not None and self.equal_prompt_weight:
             weight = 1 / np.asarray(lengths, dtype=np.float64)[groups]
             weight *= len(weight) / weight.sum()  # as strong together as unweighted tokens: C keeps its meaning
-        fitted = fit_classifier(classifier, features, y, groups=groups, sample_weight=weight)
+        fitted = fit_features(self.classifier, classifier, features, y, groups=groups, sample_weight=weight)
         sample = features[evenly_spread(len(features))]
         return self._learn(model, names, fitted, y, groups, [row_digest(row) for row in rows], sample)
 

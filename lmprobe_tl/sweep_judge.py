@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import clone
 
-from lmprobe_tl.estimators.fitting import fit_classifier, logits_of, probabilities_of
+from lmprobe_tl.estimators import make_classifier
+from lmprobe_tl.estimators.fitting import logits_of, probabilities_of
+from lmprobe_tl.estimators.streaming import fit_features
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
 from lmprobe_tl.metrics import Interval, auroc, bootstrap_interval
 from lmprobe_tl.splits import Indices
@@ -34,11 +35,12 @@ class SweepJudge:
     random_state: int | None
 
     def validated(self, classifier: Any, values: Array) -> Interval:
-        """AUROC of an unfitted classifier on features [n_selection ...] of the selection: the mean over splits."""
+        """AUROC of a classifier on features [n_selection ...] of the selection: the mean over splits. classifier: a name or
+        an unfitted one."""
         labels, groups = self.examples.labels[self.selection], self.examples.groups[self.selection]
         scores = []
         for train, validate in self.splits:
-            fitted = fit_classifier(clone(classifier), values[train], labels[train], groups=groups[train])
+            fitted = self._fit(classifier, values[train], labels[train], groups[train])
             scores.append(_scores(fitted, values[validate]))
         return self._mean_over_splits(scores)
 
@@ -65,7 +67,10 @@ class SweepJudge:
     def fitted(self, classifier: Any, values: Array) -> Any:
         """A classifier fitted on the selection, of features [n_examples ...] of all examples."""
         labels, groups = self.examples.labels[self.selection], self.examples.groups[self.selection]
-        return fit_classifier(clone(classifier), values[self.selection], labels, groups=groups)
+        return self._fit(classifier, values[self.selection], labels, groups)
+
+    def _fit(self, classifier: Any, values: Array, labels: Array, groups: Array) -> Any:
+        return fit_features(classifier, make_classifier(classifier, self.random_state), values, labels, groups=groups)
 
     def tested(self, fitted: Any, values: Array, pooling: str) -> Evaluation:
         """A fitted classifier on the test set, of features [n_examples ...] of all examples."""

@@ -25,9 +25,12 @@ _NAMED_ROWS = 8
 MAX_TOKENS_PER_BATCH = 4096  # pads included: enough to keep two cores or a small GPU busy
 
 
-def check_prompts(prompts: Any) -> list[Prompt]:
+def check_prompts(prompts: Any, *, first: int = 0) -> list[Prompt]:
     """The prompts as a list. One string, one chat, an empty list or another type is an InputError that says what was
-    expected."""
+    expected.
+
+    first: what errors call the first of them, where they are a part of a longer list; so in all of this file.
+    """
     expected = "expected a list of prompts, each a string, a chat (list of role/content dicts) or a 1-D tensor of token ids"
     if isinstance(prompts, str):
         raise InputError(
@@ -45,7 +48,7 @@ def check_prompts(prompts: Any) -> list[Prompt]:
     listed = list(prompts)
     if not listed:
         raise InputError(f"prompts is empty; {expected}.")
-    for index, prompt in enumerate(listed):
+    for index, prompt in enumerate(listed, first):
         if isinstance(prompt, Mapping):
             raise InputError(
                 f"prompts[{index}] is a single chat message; a chat is a list of messages: write [[message, ...], ...]."
@@ -89,6 +92,7 @@ def tokenize_prompts(
     max_length: int | None = None,
     truncation: Truncation = None,
     add_generation_prompt: bool = False,
+    first: int = 0,
 ) -> list[list[int]]:
     """Token ids of each prompt, in input order.
 
@@ -101,18 +105,18 @@ def tokenize_prompts(
     if truncation not in (None, "left", "right"):
         raise InputError(f"truncation is {truncation!r}; expected None (an error for long prompts), 'left' or 'right'.")
     prepend = use_bos(model, prepend_bos)
-    rows = _token_ids(model, check_prompts(prompts), prepend, add_generation_prompt)
-    _check_vocabulary(model, rows)
-    limit = _length_limit(model, max_length)
+    rows = _token_ids(model, check_prompts(prompts, first=first), prepend, add_generation_prompt, first)
+    _check_vocabulary(model, rows, first)
+    limit = length_limit(model, max_length)
     too_long = [index for index, row in enumerate(rows) if limit is not None and len(row) > limit]
     if not too_long or limit is None:
         return rows
     if truncation is None:
-        lengths = ", ".join(f"prompt {index} ({len(rows[index])} tokens)" for index in too_long[:_NAMED_ROWS])
+        lengths = ", ".join(f"prompt {first + index} ({len(rows[index])} tokens)" for index in too_long[:_NAMED_ROWS])
         more = f" and {len(too_long) - _NAMED_ROWS} more" if len(too_long) > _NAMED_ROWS else ""
         raise PromptTooLongError(
             f"longer than the {limit} tokens allowed: {lengths}{more}. Shorten them, or pass truncation='left' or 'right'.",
-            too_long,
+            [first + index for index in too_long],
         )
     return [_truncate(row, limit, truncation, bos_id(model)) for row in rows]
 
@@ -141,7 +145,8 @@ def pad_id(model: Any) -> int:
     return 0
 
 
-def _length_limit(model: Any, max_length: int | None) -> int | None:
+def length_limit(model: Any, max_length: int | None) -> int | None:
+    """How many tokens a prompt may have, None for any number; InputError for a `max_length` that cannot be."""
     context = context_length(model)
     if max_length is None:
         return context
@@ -152,9 +157,9 @@ def _length_limit(model: Any, max_length: int | None) -> int | None:
     return max_length
 
 
-def _check_vocabulary(model: Any, rows: Sequence[Sequence[int]]) -> None:
+def _check_vocabulary(model: Any, rows: Sequence[Sequence[int]], first: int) -> None:
     size = vocabulary_size(model)
-    for index, row in enumerate(rows):
+    for index, row in enumerate(rows, first):
         if row and (min(row) < 0 or (size is not None and max(row) >= size)):
             wrong = next(token for token in row if token < 0 or (size is not None and token >= size))
             upper = "" if size is None else f" to {size - 1}"
@@ -163,7 +168,9 @@ def _check_vocabulary(model: Any, rows: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _token_ids(model: Any, prompts: Sequence[Prompt], prepend: bool, add_generation_prompt: bool) -> list[list[int]]:
+def _token_ids(
+    model: Any, prompts: Sequence[Prompt], prepend: bool, add_generation_prompt: bool, first: int
+) -> list[list[int]]:
     rows: list[list[int]] = [[]] * len(prompts)
     texts: dict[int, str] = {}
     for index, prompt in enumerate(prompts):
@@ -182,8 +189,8 @@ def _token_ids(model: Any, prompts: Sequence[Prompt], prepend: bool, add_generat
     for (index, text), ids in zip(texts.items(), encoded, strict=True):
         if text.strip() and not ids:
             raise InputError(
-                f"prompts[{index}] ({text[:40]!r}) turns into no token at all: the model's {type(tokenizer).__name__} is "
-                "empty or damaged. Load the model with its own tokenizer files."
+                f"prompts[{first + index}] ({text[:40]!r}) turns into no token at all: the model's "
+                f"{type(tokenizer).__name__} is empty or damaged. Load the model with its own tokenizer files."
             )
         needs_bos = prepend and isinstance(prompts[index], str) and ids[:1] != [bos]  # a chat's template brings its own
         rows[index] = [bos, *ids] if needs_bos else list(ids)
@@ -240,9 +247,9 @@ def counted_lengths(rows: Sequence[Sequence[int]], bos_token_id: int | None, inc
     return [len(row) - (not include_bos and row[:1] == [bos_token_id]) for row in map(list, rows)]
 
 
-def check_rows_count(lengths: Sequence[int]) -> None:
+def check_rows_count(lengths: Sequence[int], *, first: int = 0) -> None:
     """Raise EmptyMaskError naming the prompts without a single token that counts."""
-    empty = [index for index, length in enumerate(lengths) if length == 0]
+    empty = [index for index, length in enumerate(lengths, first) if length == 0]
     if empty:
         named = ", ".join(str(index) for index in empty[:_NAMED_ROWS]) + (" ..." if len(empty) > _NAMED_ROWS else "")
         raise EmptyMaskError(
@@ -264,9 +271,7 @@ def batches_by_length(
 
     max_tokens: pads included, of one batch; a longer row is a batch of its own. batch_size: also at most so many rows.
     """
-    _check_count("max_tokens_per_batch", max_tokens)
-    if batch_size is not None:
-        _check_count("batch_size", batch_size)
+    check_batching(batch_size, max_tokens)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index]) if sort else list(range(len(lengths)))
     batch: list[int] = []
     longest = 0
@@ -281,7 +286,14 @@ def batches_by_length(
         yield batch
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_batching(batch_size: Any, max_tokens_per_batch: Any) -> None:
+    """Raise InputError for bounds of a batch that cannot be."""
+    check_count("max_tokens_per_batch", max_tokens_per_batch)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+
+
+def check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} is {value!r}; expected an integer of at least 1.")
 

@@ -725,3 +725,217 @@ def test_centred_takes_the_mean_over_d_model_off() -> None:
     assert torch.equal(centred(values), torch.tensor([[[-1.0, 1.0], [0.0, 0.0]]]))
     flat = rearrange(values, "batch pos d_model -> (batch pos) d_model")
     assert torch.equal(centred(flat), torch.tensor([[-1.0, 1.0], [0.0, 0.0]]))
+
+
+# --- several poolings in one pass --------------------------------------------------------------------------------------
+
+
+def test_poolings_in_one_pass_are_those_of_each_alone(tiny: Tiny) -> None:
+    with counted_runs(tiny.bridge) as sizes:
+        together = extract_activations(tiny.bridge, as_prompts(ROWS), [1, 3], pooling=POOLINGS, batch_size=4, progress=False)
+    assert sizes == [4, 4, 3]
+    assert list(together) == [name_of(pooling) for pooling in POOLINGS]
+    for pooling in POOLINGS:
+        alone = extract_activations(tiny.bridge, as_prompts(ROWS), [1, 3], pooling, batch_size=4, progress=False)
+        found = together[name_of(pooling)]
+        assert (found.pooling, found.hook_points, found.tokens) == (alone.pooling, alone.hook_points, alone.tokens)
+        assert (found.offsets is None) == (pooling != "all")
+        for name in alone.hook_points:
+            assert torch.equal(found.values[name], alone.values[name])
+
+
+@pytest.mark.parametrize(
+    ("pooling", "message"),
+    [
+        ([], "pooling is an empty list"),
+        (["mean", "max", "mean"], "pooling names 'mean' more than once"),
+        (("max", "activation:max"), "pooling names 'max' more than once"),
+        (["mean", "score:mean"], "reduces scores"),
+    ],
+)
+def test_lists_of_poolings_that_cannot_be_are_refused(gpt2: Tiny, pooling: Any, message: str) -> None:
+    with counted_runs(gpt2.bridge) as sizes, pytest.raises(InputError, match=message):
+        extract_activations(gpt2.bridge, TEXTS, 0, pooling=pooling)
+    assert not sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_centring_afterwards_is_centring_before(tiny_folders: dict[str, Path], dtype: torch.dtype) -> None:
+    """For every pooling, against the mean taken off each token in double precision before pooling."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model = TransformerBridge.boot_transformers(str(tiny_folders["gpt2"]), device="cpu", dtype=dtype)
+    options: dict[str, Any] = {"include_bos": True, "progress": False}
+    found = extraction.extract_poolings(model, ROWS, [POST], POOLINGS, centre=True, **options)
+    raw = extract_rows(model, ROWS, [POST], "all", **options)
+    tokens = raw.values[POST].double()
+    tokens = (tokens - tokens.mean(dim=1, keepdim=True)).float()
+    for index, row in enumerate(ROWS):
+        hidden = tokens[raw.offsets[index] : raw.offsets[index + 1]]
+        for pooling in POOLINGS:
+            one, name = found[name_of(pooling)], name_of(pooling)
+            expected = REFERENCE[name](hidden, [-1 if token == BOS else token for token in row])  # BOS counts
+            values = one.values[POST]
+            values = values[one.offsets[index] : one.offsets[index + 1]] if pooling == "all" else values[index]
+            torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+    assert raw.values[POST].mean(dim=1).abs().max() > 0.01  # the control: there is something to take off
+
+
+# --- equal prompts -----------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pattern=st.lists(st.integers(0, len(ROWS) - 1), min_size=1, max_size=14), batch_size=st.integers(1, 5))
+def test_equal_prompts_are_computed_once_and_come_back_in_every_place(
+    llama: Tiny, hidden_states: dict[str, Any], pattern: list[int], batch_size: int
+) -> None:
+    rows = [ROWS[index] for index in pattern]
+    with counted_runs(llama.bridge) as sizes:
+        found = extraction.extract_poolings(
+            llama.bridge, rows, [POSTS[3], POSTS[1]], POOLINGS, batch_size=batch_size, progress=False
+        )
+    assert sum(sizes) == len(set(pattern))
+    for pooling in POOLINGS:
+        one, reference = found[name_of(pooling)], REFERENCE[name_of(pooling)]
+        assert one.tokens == rows
+        for layer in (1, 3):
+            expected = [reference(hidden_states["llama"][index][layer], ROWS[index]) for index in pattern]
+            assert_same(one.values[POSTS[layer]], (torch.cat if pooling == "all" else torch.stack)(expected))
+        if pooling == "all":
+            assert one.offsets.tolist() == np.cumsum([0, *map(len, expected)]).tolist()
+
+
+# --- batches that do not fit -------------------------------------------------------------------------------------------
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1"
+    ),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5.05 GB)"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 10 bytes."),
+    MemoryError(),
+]
+
+
+@contextmanager
+def fails_above(model: Any, n_tokens: int, error: BaseException, *, module: Any = None) -> Iterator[list[tuple[int, int]]]:
+    """The shapes [batch pos] that are tried; those of more tokens fail."""
+    tried: list[tuple[int, int]] = []
+
+    def look(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        values = arguments[0] if arguments else next(one for one in named.values() if isinstance(one, Tensor))
+        tried.append(tuple(values.shape[:2]))
+        if values.shape[0] * values.shape[1] > n_tokens:
+            raise error
+
+    handle = (module or model.original_model).register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield tried
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: f"{type(error).__name__} {str(error)[:12]}")
+@pytest.mark.parametrize("block", [None, 2])
+def test_a_batch_that_does_not_fit_is_halved(
+    gpt2: Tiny, hidden_states: dict[str, Any], error: BaseException, block: int | None
+) -> None:
+    """At the model's door, or in the middle of a pass, where a part of the hook points has been seen."""
+    module = None if block is None else blocks_of(gpt2.bridge.original_model)[block]
+    with fails_above(gpt2.bridge, 100, error, module=module) as tried:
+        found = extraction.extract_poolings(gpt2.bridge, ROWS, POSTS, POOLINGS, progress=False)
+    assert tried[0] == (len(ROWS), CONTEXT)
+    assert len(tried) > 3
+    for pooling in POOLINGS:
+        for layer, name in enumerate(POSTS):
+            hidden = [layers[layer] for layers in hidden_states["gpt2"]]
+            expected = [REFERENCE[name_of(pooling)](one, row) for one, row in zip(hidden, ROWS, strict=True)]
+            assert_same(found[name_of(pooling)].values[name], (torch.cat if pooling == "all" else torch.stack)(expected))
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=16), limit=st.integers(9, 60), budget=st.integers(1, 120))
+def test_no_size_that_failed_is_tried_again(llama: Tiny, lengths: list[int], limit: int, budget: int) -> None:
+    rows = [[3 + index] * length for index, length in enumerate(lengths)]
+    with fails_above(llama.bridge, limit, OUT_OF_MEMORY[0]) as tried:
+        seen = [
+            index
+            for batch, _ in run_batches(
+                llama.bridge, rows, [POSTS[0]], lambda *_: 0, max_tokens_per_batch=budget, progress=False
+            )
+            for index in batch.indices
+        ]
+    assert sorted(seen) == list(range(len(rows)))
+    assert all(batch * pos <= max(budget, pos) for batch, pos in tried)
+    failed = float("inf")
+    for batch, pos in tried:
+        assert batch * pos < failed or batch == 1
+        failed = min(failed, batch * pos) if batch * pos > limit else failed
+
+
+@pytest.mark.parametrize("rows", [[[5, 6], ROWS[4], [7]], [[7], [7], [5, 6], [7], ROWS[4], ROWS[4]]])
+def test_a_prompt_that_does_not_fit_alone_is_named(gpt2: Tiny, rows: list[list[int]]) -> None:
+    place = rows.index(ROWS[4])  # among all prompts, not among those that differ
+    message = rf"prompt {place} \(22 tokens\) does not fit in the device's memory, even alone\. Shorten it"
+    with fails_above(gpt2.bridge, 21, OUT_OF_MEMORY[0]), pytest.raises(InputError, match=message):
+        extract_rows(gpt2.bridge, rows, [POST], "mean", progress=False)
+    with (
+        fails_above(gpt2.bridge, 21, OUT_OF_MEMORY[0]),
+        pytest.raises(InputError, match=rf"prompt {place + 100} \(22 tokens\)"),
+    ):
+        extract_rows(gpt2.bridge, rows, [POST], "mean", progress=False, first=100)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), KeyboardInterrupt()],
+    ids=repr,
+)
+def test_other_errors_pass_through_untouched(gpt2: Tiny, error: BaseException) -> None:
+    with fails_above(gpt2.bridge, 0, error) as tried, pytest.raises(type(error)) as caught:
+        extract_rows(gpt2.bridge, ROWS, [POST], "mean", progress=False)
+    assert caught.value is error
+    assert len(tried) == 1
+
+
+# --- activations that are not finite -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", POOLINGS, ids=name_of)
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_activations_that_are_not_finite_are_named_by_prompt_and_hook_point(
+    tiny_folders: dict[str, Path], pooling: Any, wrong: float
+) -> None:
+    model = load_model(tiny_folders["llama"])
+    model.original_model.model.embed_tokens.weight.data[250] = wrong
+    rows = [[5, EOS], [6, EOS], [5, EOS], [8, 9, 10, EOS], [250], [7, EOS]]
+    clean = extract_rows(model, [*rows[:4], rows[5]], ["hook_embed"], pooling, progress=False)
+    assert torch.isfinite(clean.values["hook_embed"]).all()
+    rows[4] = [250, 250]
+    model.cfg.eos_token_id = [EOS, 250]
+    message = r"prompt 4 has an activation at 'hook_embed' that is NaN or infinite\. A model in float16 overflows"
+    with pytest.raises(InputError, match=message):
+        extract_rows(model, rows, ["hook_embed", POST], pooling, progress=False)
+
+
+# --- budgets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, 100, 4096])
+def test_a_pass_keeps_its_budget_of_tokens(gpt2: Tiny, max_tokens: int) -> None:
+    expected = extract_activations(gpt2.bridge, as_prompts(ROWS), 2, "mean", batch_size=1, progress=False)
+    with fails_above(gpt2.bridge, 10**6, ValueError()) as tried:
+        found = extract_activations(
+            gpt2.bridge, as_prompts(ROWS), 2, "mean", max_tokens_per_batch=max_tokens, progress=False
+        )
+    assert_same(found.values[POST], expected.values[POST])
+    assert tried[0] == (len(ROWS) if max_tokens == 4096 else 1, CONTEXT)
+    assert all(batch * pos <= max_tokens or batch == 1 for batch, pos in tried)
+    assert sum(batch for batch, _ in tried) == len(ROWS)
+
+
+@pytest.mark.parametrize("max_tokens", [0, -1, 2.0, "8", True, None])
+def test_a_budget_that_cannot_be_is_refused(gpt2: Tiny, max_tokens: Any) -> None:
+    with pytest.raises(InputError, match=rf"max_tokens_per_batch is {max_tokens!r}; expected an integer of at least 1"):
+        extract_activations(gpt2.bridge, TEXTS, 0, max_tokens_per_batch=max_tokens, progress=False)

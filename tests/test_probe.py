@@ -187,7 +187,9 @@ def test_fit_equals_scikit_learn_on_hugging_face_hidden_states(all_tiny: dict[st
     hidden = torch.stack([tiny.hidden(row, 2)[-1] for row in rows])
     if name in ("gpt2", "neox"):  # LayerNorm: the mean over d_model is no part of what a block reads
         hidden = hidden - hidden.mean(dim=-1, keepdim=True)
-    reference = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=2000)).fit(hidden.double(), LABELS)
+    reference = make_pipeline(StandardScaler(), LogisticRegression(C=0.03, max_iter=2000, tol=1e-8)).fit(
+        hidden.double(), LABELS
+    )
     np.testing.assert_allclose(probe.decision_function(PROMPTS), reference.decision_function(hidden.double()), atol=1e-4)
     np.testing.assert_allclose(probe.predict_proba(PROMPTS), reference.predict_proba(hidden.double()), atol=1e-4)
     assert probe.predict(PROMPTS).tolist() == reference.predict(hidden.double()).tolist()

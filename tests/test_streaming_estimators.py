@@ -90,12 +90,9 @@ def learnt(classifier: Any) -> dict[str, Any]:
 # --- As scikit-learn
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("n_classes", [2, 3])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "weighted"), [*[(name, False) for name in NAMES], *[(name, True) for name in WEIGHTED]])
 def test_blocks_give_what_all_examples_at_once_give(name: str, n_classes: int, weighted: bool) -> None:
-    if weighted and name == "lda":
-        return check_that_lda_refuses_weights(n_classes)
     features, classes = examples(n_classes)
     weight = np.random.default_rng(1).uniform(0, 3, len(classes)) if weighted else None
     with warnings.catch_warnings():
@@ -103,6 +100,8 @@ def test_blocks_give_what_all_examples_at_once_give(name: str, n_classes: int, w
         found = fit_cut(name, features, classes, weight)
     expected = fit_at_once(name, features, classes, weight)
     assert set(learnt(found)) == set(learnt(expected))
+    if name == "lda":
+        assert found.get_feature_names_out().tolist() == expected.get_feature_names_out().tolist()
     for key, value in learnt(expected).items():
         if isinstance(value, (str, np.ndarray)) and np.asarray(value).dtype.kind in "bUi":
             assert np.array_equal(learnt(found)[key], value), key
@@ -117,13 +116,13 @@ def test_blocks_give_what_all_examples_at_once_give(name: str, n_classes: int, w
         assert (
             np.abs(found.decision_function(fresh) - fit_cut(name, features, classes).decision_function(fresh)).max() > 1e-2
         )
-    return None
 
 
-def check_that_lda_refuses_weights(n_classes: int) -> None:
-    features, classes = examples(n_classes)
-    with pytest.raises(InputError, match=r"LinearDiscriminantAnalysis takes no sample weights.*equal_prompt_weight=False"):
-        fit_cut("lda", features, classes, np.ones(len(classes)))
+def test_lda_refuses_weights_in_blocks_as_at_once() -> None:
+    features, classes = examples()
+    for fit in (fit_cut, fit_at_once):
+        with pytest.raises(InputError, match=r"LinearDiscriminantAnalysis takes no sample weights.*equal_prompt_weight=Fal"):
+            fit("lda", features, classes, np.ones(len(classes)))
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
@@ -287,9 +286,10 @@ def test_classifiers_keep_their_digits_far_from_zero(name: str) -> None:
     np.testing.assert_allclose(found, fit_at_once(name, features, classes).decision_function(features), atol=1e-5)
 
 
-def test_float32_features_are_added_up_in_float64() -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_short_floats_are_added_up_in_float64(dtype: Any) -> None:
     features, classes = examples(n=60)
-    single = features.astype(np.float32)
+    single = features.astype(dtype)
     for name in NAMES:
         found, expected = (
             fit_cut(name, rows, classes).decision_function(features) for rows in (single, single.astype(float))
@@ -340,6 +340,28 @@ class CountedPasses:
     def __call__(self) -> list[Block]:
         self.count += 1
         return self.blocks
+
+
+def test_the_preconditioner_takes_the_same_examples_from_any_blocks() -> None:
+    features, classes = examples(n=1000)
+    scaler = StandardScaler().fit(features)
+    assert 1000 // (5 * streaming_module.EXAMPLES_PER_FEATURE) == 6  # of which every sixth is taken
+    scaled = scaler.transform(features[::6])
+    expected = np.linalg.cholesky(0.25 * scaled.T @ scaled / len(scaled) + 0.1 * np.eye(5))
+    for sizes in ([], [1] * 20, [7, 0, 300, 5]):
+        blocks = cut(features, classes, None, sizes)
+        passes = Passes(lambda blocks=blocks: blocks, CLASSES[2])
+        assert sum(len(block.features) for block in passes()) == 1000
+        np.testing.assert_allclose(streaming_module._curvature_root(passes, scaler, 0.25, 0.1), expected, atol=1e-12)
+
+
+def test_small_weights_are_no_reason_to_stop_early() -> None:
+    features, classes = examples()
+    small = make_classifier("logistic_regression", 0).set_params(logisticregression__C=0.03e6)
+    blocks = cut(features, classes, np.full(len(classes), 1e-6), [30])
+    found = fit_blocks("logistic_regression", small, lambda: blocks, CLASSES[2])
+    expected = fit_cut("logistic_regression", features, classes)
+    np.testing.assert_allclose(found.decision_function(features), expected.decision_function(features), atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "passes"), [("ridge", 1), ("lda", 2), ("mass_mean", 2), ("mass_mean_whitened", 2)])

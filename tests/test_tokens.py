@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -387,6 +388,48 @@ def test_every_row_is_in_exactly_one_full_batch(sort: bool, lengths: list[int], 
     assert all(1 <= len(batch) <= batch_size for batch in batches)
     ordered = [lengths[index] for index in order]
     assert ordered == sorted(lengths, reverse=True) if sort else order == list(range(len(lengths)))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    lengths=st.lists(st.integers(1, 30), max_size=30),
+    max_tokens=st.integers(1, 200),
+    batch_size=st.none() | st.integers(1, 8),
+    sort=st.booleans(),
+)
+def test_batches_keep_their_budget_and_are_no_smaller_than_they_must_be(
+    lengths: list[int], max_tokens: int, batch_size: int | None, sort: bool
+) -> None:
+    batches = list(batches_by_length(lengths, batch_size, max_tokens=max_tokens, sort=sort))
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    assert not sort or [lengths[index] for index in order] == sorted(lengths, reverse=True)
+
+    def fits(batch: list[int]) -> bool:
+        padded = max(lengths[index] for index in batch) * len(batch)
+        return len(batch) == 1 or (padded <= max_tokens and len(batch) <= (batch_size or len(batch)))
+
+    assert all(map(fits, batches))
+    assert not any(fits([*batch, following[0]]) for batch, following in pairwise(batches))
+    if sort:
+        sizes = [max(lengths[index] for index in batch) for batch in batches]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+def test_errors_name_prompts_from_the_number_of_the_first(model: Any) -> None:
+    """Where they are a part of a longer list."""
+    for prompts, error, message in [
+        (["a", None], InputError, r"prompts\[101\] is a NoneType"),
+        (["a", {"role": "user"}], InputError, r"prompts\[101\] is a single chat message"),
+        (["a", torch.tensor([-1])], InputError, r"prompts\[101\] holds token id -1"),
+        (["a", torch.arange(CONTEXT + 1)], PromptTooLongError, r"prompt 101 \(13 tokens\)"),
+    ]:
+        with pytest.raises(error, match=message) as caught:
+            tokenize_prompts(model, prompts, first=100)
+        assert getattr(caught.value, "rows", [101]) == [101]
+    with pytest.raises(EmptyMaskError, match="no token counts in prompt 101;") as caught:
+        check_rows_count([1, 0], first=100)
+    assert caught.value.rows == [101]
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.0, "8", True])

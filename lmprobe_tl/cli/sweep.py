@@ -75,8 +75,8 @@ def sweep(
         from lmprobe_tl.sweep_result import pandas
 
         pandas()
-    from lmprobe_tl.sweep import check_sweep
-    from lmprobe_tl.sweep import sweep as run_sweep
+    from lmprobe_tl.sweep_run import check_sweep
+    from lmprobe_tl.sweep_run import sweep as run_sweep
 
     poolings, classifiers = parse_names(pooling), parse_names(classifier)
     check_sweep(len(prompts), labels, poolings, classifiers, folds, test_share)

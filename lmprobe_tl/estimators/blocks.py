@@ -18,10 +18,10 @@ Array: TypeAlias = NDArray[np.float64]
 class Block:
     """Some of the examples: `features` [n n_features], `classes` [n] as indices, `weight` [n] or None for ones.
 
-    A block may be empty, and it may lack a class.
+    A block may be empty, and it may lack a class. Features may be float32 or float16: sums are taken in float64.
     """
 
-    features: Array
+    features: NDArray[Any]
     classes: NDArray[Any]
     weight: Array | None = None
 
@@ -30,7 +30,7 @@ Blocks: TypeAlias = Callable[[], Iterable[Block]]  # each call is a pass over al
 
 
 class Passes:
-    """Blocks to go through again and again: in float64, without the empty ones.
+    """Blocks to go through again and again, without the empty ones.
 
     The first pass checks each block, and learns n_examples, n_features and class_weight [n_classes]. Every later pass must
     give as many examples. classes: those that the indices stand for.
@@ -51,8 +51,6 @@ class Passes:
         for number, block in enumerate(self._blocks()):
             if not len(block.features):
                 continue
-            # float32 sums over a million examples keep three digits
-            block = Block(np.asarray(block.features, dtype=np.float64), block.classes, block.weight)
             if not self._is_checked:
                 self._check(block, f"block {number}")
             count += len(block.classes)
@@ -124,7 +122,7 @@ class Moments:
             if weight.any():
                 self._join(index, block.features[member], weight)
 
-    def _join(self, index: int, features: Array, weight: Array) -> None:
+    def _join(self, index: int, features: NDArray[Any], weight: Array) -> None:
         total = weight.sum()
         mean = weight @ features / total
         before, after = self.weight[index], self.weight[index] + total

@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.blocks import Block, Blocks, Moments, Passes, standard_deviation
-from lmprobe_tl.estimators.fitting import no_weights_error
+from lmprobe_tl.estimators.fitting import fit_classifier, no_weights_error
 from lmprobe_tl.estimators.mass_mean import MassMeanClassifier
 
 Array: TypeAlias = NDArray[np.float64]
@@ -48,6 +48,26 @@ def fit_blocks(name: str, classifier: Any, blocks: Blocks, classes: NDArray[Any]
     if not can_stream(name):
         raise InputError(f"{name!r} cannot be fitted in blocks. Those that can: {', '.join(map(repr, sorted(_FITS)))}.")
     return _FITS[name](Passes(blocks, np.asarray(classes)), np.asarray(classes), clone(classifier))
+
+
+def fit_features(
+    given: Any,
+    classifier: Any,
+    features: NDArray[Any],
+    labels: NDArray[Any],
+    *,
+    groups: NDArray[Any] | None = None,
+    sample_weight: Array | None = None,
+) -> Any:
+    """Fit on features that are in memory: a named classifier as one block, so that blocks and memory give the same; any
+    other by its own `fit`.
+
+    given: the name or instance that `classifier` was made from; the rest as in `fit_classifier`.
+    """
+    if not can_stream(given):
+        return fit_classifier(classifier, features, labels, groups=groups, sample_weight=sample_weight)
+    classes, index = np.unique(labels, return_inverse=True)
+    return fit_blocks(given, classifier, lambda: [Block(features, index, sample_weight)], classes)
 
 
 def _fit_mass_mean(passes: Passes, classes: NDArray[Any], classifier: MassMeanClassifier) -> MassMeanClassifier:
@@ -85,7 +105,7 @@ def _fit_lda(passes: Passes, classes: NDArray[Any], classifier: LinearDiscrimina
         covariances = (_shrunk(scatter / n, classifier.shrinkage or 0.0) for scatter, n in _by_class(moments))
     covariance = sum(share * one for share, one in zip(shares, covariances, strict=True))
     if len(classes) == 2:
-        # For the difference of the means: that of two solutions would lose the digits that large means share.
+        # From the difference of the means: far from zero, that of two intercepts would lose the digits that they share.
         coef = lstsq(covariance, means[1] - means[0])[0][None]
         intercept = -0.5 * coef @ (means[0] + means[1]) + np.log(shares[1] / shares[0])
     else:

@@ -12,8 +12,8 @@ from pathlib import Path
 from lmprobe_tl.activation_store import ActivationStore
 from lmprobe_tl.errors import InputError, StoreError
 from lmprobe_tl.files import TEMPORARY_SUFFIX
-from lmprobe_tl.store.record import MANIFEST, read_manifest, shard_path
-from lmprobe_tl.store.writing import claim, read_shard_record, write_index
+from lmprobe_tl.store.record import MANIFEST, ShardRecord, read_manifest, read_shard_record, shard_path
+from lmprobe_tl.store.writing import claim, remove_leftovers, replaced_meanwhile, write_index
 
 
 def merge_stores(path: str | Path, parts: Sequence[str | Path]) -> ActivationStore:
@@ -25,20 +25,25 @@ def merge_stores(path: str | Path, parts: Sequence[str | Path]) -> ActivationSto
     folders = [Path(part) for part in ([parts] if isinstance(parts, (str, Path)) else parts)]
     if not folders:
         raise InputError("parts is empty; expected the folders to merge.")
+    target = Path(path)
+    if (target / MANIFEST).exists() and not any(target.samefile(folder) for folder in folders if folder.exists()):
+        folders.append(target)  # what it holds is a part, too
     manifests = [read_manifest(folder) for folder in folders]
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
         differences = manifest.differences(manifests[0])
         if differences:
             raise StoreError(f"{str(folder)!r} is of another extraction than {str(folders[0])!r}: {'; '.join(differences)}.")
-    manifest, target = manifests[0], Path(path)
+    manifest = manifests[0]
     found: dict[int, Path] = {}
+    records: dict[int, ShardRecord] = {}
     for folder in folders:
         for shard in range(manifest.n_shards):
             candidate = shard_path(folder, shard)
-            if candidate.is_file():
-                known = found.setdefault(shard, candidate)
-                if known != candidate and read_shard_record(known) != read_shard_record(candidate):
-                    raise StoreError(f"{str(known)!r} and {str(candidate)!r} differ; delete the wrong one of them.")
+            if candidate.exists():
+                record = read_shard_record(folder, shard, manifest)
+                if records.setdefault(shard, record) != record:
+                    raise StoreError(f"{str(found[shard])!r} and {str(candidate)!r} differ; delete the wrong one of them.")
+                found.setdefault(shard, candidate)
     missing = [shard for shard in range(manifest.n_shards) if shard not in found]
     if missing:
         raise StoreError(
@@ -49,6 +54,7 @@ def merge_stores(path: str | Path, parts: Sequence[str | Path]) -> ActivationSto
     for shard, source in found.items():
         _link_or_copy(source, shard_path(target, shard))
     write_index(target, manifest)
+    remove_leftovers(target)
     return ActivationStore(target)
 
 
@@ -61,7 +67,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
             os.link(source, temporary)
         except OSError:  # another disk
             shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
+        with replaced_meanwhile(target):
+            os.replace(temporary, target)
     finally:
         with suppress(OSError):
             temporary.unlink()

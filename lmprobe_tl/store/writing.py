@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -41,13 +39,16 @@ from lmprobe_tl.store.record import (
     INDEX,
     LENGTHS,
     MANIFEST,
+    METADATA_KEY,
     TOKEN_COUNTS,
     TOKENS,
     ShardRecord,
     StoreDtype,
+    StoreIndex,
     StoreManifest,
-    parsed,
+    file_sha256,
     read_manifest,
+    read_shard_record,
     shard_path,
     tensor_sha256,
 )
@@ -56,15 +57,16 @@ from lmprobe_tl.tokens import (
     Prompt,
     Truncation,
     bos_id,
+    check_batching,
     check_prompts,
     counted_lengths,
+    length_limit,
     row_digest,
     tokenize_prompts,
     tokenizer_record,
 )
 from lmprobe_tl.weights_fingerprint import weights_sha256
 
-METADATA_KEY = "lmprobe_tl"
 SHARD_BYTES = 32 * 2**20  # of a default shard: held in memory while it is made, lost when the process is killed
 _PROMPTS_PER_SHARD = range(64, 4097)  # by default; few would waste padding, many would lose much
 _SAMPLED_PROMPTS = 256
@@ -109,16 +111,12 @@ def extract_to_store(
     poolings = _named_poolings(pooling)
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected {', '.join(map(repr, DTYPES))}.")
-    if (
-        not hasattr(prompts, "__len__")
-        or not hasattr(prompts, "__getitem__")
-        or isinstance(prompts, str)
-        or not len(prompts)
-    ):
-        check_prompts(prompts)
-        raise InputError(f"prompts is a {type(prompts).__name__}; a store needs a sequence, with a length and an order.")
+    prompts = _checked_sequence(prompts)
     worker, n_workers = _checked_shard(shard)
     _refuse_other_hooks(model)
+    # What cannot be is found before a manifest with it lies in the folder.
+    check_batching(batch_size, max_tokens_per_batch)
+    length_limit(model, max_length)
     tokenizing: dict[str, Any] = {"prepend_bos": prepend_bos, "max_length": max_length, "truncation": truncation}
     existing = read_manifest(folder) if (folder / MANIFEST).exists() else None
     if prompts_per_shard is None and existing is not None:
@@ -154,6 +152,17 @@ def extract_to_store(
     own = range(worker, manifest.n_shards, n_workers)
     _Writer(model, prompts, folder, manifest, tokenizing).write(own, progress)
     return ActivationStore(folder)
+
+
+def _checked_sequence(prompts: Any) -> Sequence[Prompt]:
+    """The prompts, unread, if they come with a length and an order."""
+    is_sequence = hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__") and not isinstance(prompts, (str, Mapping))
+    # Arrays and pandas' Series are in memory already; a Series' numbers are labels, not places.
+    if not is_sequence or hasattr(prompts, "tolist") or not len(prompts):
+        prompts = check_prompts(prompts)
+        if not is_sequence:
+            raise InputError(f"prompts is a {type(prompts).__name__}; a store needs a sequence, with a length and an order.")
+    return prompts
 
 
 def _named_poolings(pooling: Strategy | Sequence[Strategy]) -> tuple[str, ...]:
@@ -227,9 +236,10 @@ def claim(folder: Path, manifest: StoreManifest, existing: StoreManifest | None)
 def _write_new(path: Path, payload: bytes) -> None:
     """Write a file that another process may be writing too: the first one wins."""
     temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
-    write_atomically(temporary, payload)
     try:
-        os.link(temporary, path)
+        with replaced_meanwhile(path):
+            write_atomically(temporary, payload)
+            os.link(temporary, path)
     except FileExistsError:
         pass
     except OSError:  # a file system without hard links
@@ -237,6 +247,19 @@ def _write_new(path: Path, payload: bytes) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_meanwhile(path: Path) -> Iterator[None]:
+    """Bear the loss of a temporary file whose target is there.
+
+    Another process that completes the store meanwhile takes the temporary files of this one for leftovers, and removes them.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        if not path.exists():
+            raise
 
 
 class _Writer:
@@ -257,11 +280,14 @@ class _Writer:
                 if not self._is_done(shard, rows):
                     self._compute(shard, rows)
                 bar.update(len(rows))
-        if not ActivationStore(self._folder).missing_shards and not (self._folder / INDEX).exists():
+        if ActivationStore(self._folder).missing_shards:
+            return
+        if not (self._folder / INDEX).exists():
             others = [shard for shard in range(self._manifest.n_shards) if shard not in shards]
             for shard, rows in self._tokenised(others):
                 self._is_done(shard, rows)  # raises where another process was given other prompts
             write_index(self._folder, self._manifest)
+        remove_leftovers(self._folder)
 
     def _tokenised(self, shards: Iterable[int]) -> Iterator[tuple[int, list[list[int]]]]:
         """Token ids of each shard's prompts; those of the next are made while the model runs on the last."""
@@ -277,14 +303,14 @@ class _Writer:
 
     def _rows(self, shard: int) -> list[list[int]]:
         members = self._manifest.prompts_of(shard)
-        with _naming_prompts(members):
-            return tokenize_prompts(self._model, [self._prompts[index] for index in members], **self._tokenizing)
+        prompts = [self._prompts[index] for index in members]
+        return tokenize_prompts(self._model, prompts, first=members.start, **self._tokenizing)
 
     def _is_done(self, shard: int, rows: list[list[int]]) -> bool:
         path = shard_path(self._folder, shard)
         if not path.exists():
             return False
-        if read_shard_record(path).tokens_sha256 != _tokens_sha256(rows):
+        if read_shard_record(self._folder, shard, self._manifest).tokens_sha256 != _tokens_sha256(rows):
             members = self._manifest.prompts_of(shard)
             raise StoreError(
                 f"{str(path)!r} holds other prompts: their tokens differ from those of prompts {members[0]} to "
@@ -294,31 +320,27 @@ class _Writer:
 
     def _compute(self, shard: int, rows: list[list[int]]) -> None:
         manifest, members = self._manifest, self._manifest.prompts_of(shard)
-        with _naming_prompts(members):
-            found = extract_poolings(
-                self._model,
-                rows,
-                manifest.hook_points,
-                [f"activation:{name}" if name != "all" else name for name in manifest.poolings],
-                include_bos=manifest.include_bos,
-                max_tokens_per_batch=manifest.max_tokens_per_batch,
-                batch_size=manifest.batch_size,
-                progress=False,
-            )
-            counts = counted_lengths(rows, manifest.bos_id, manifest.include_bos)
-            tensors = {
-                LENGTHS: torch.tensor(counts, dtype=torch.int32),
-                DIGESTS: torch.from_numpy(
-                    np.frombuffer(b"".join(map(row_digest, rows)), dtype=np.uint8).reshape(-1, 16).copy()
-                ),
-            }
-            if manifest.keeps_tokens:
-                tensors[TOKENS] = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
-                tensors[TOKEN_COUNTS] = torch.tensor([len(row) for row in rows], dtype=torch.int32)
-            for pooling, one in found.items():
-                owners = np.repeat(np.arange(len(rows)), counts) if pooling == "all" else np.arange(len(rows))
-                for hook_name, values in one.values.items():
-                    tensors[f"{pooling}/{hook_name}"] = _as_stored(values, manifest.dtype, owners, hook_name)
+        found = extract_poolings(
+            self._model,
+            rows,
+            manifest.hook_points,
+            [f"activation:{name}" if name != "all" else name for name in manifest.poolings],
+            include_bos=manifest.include_bos,
+            max_tokens_per_batch=manifest.max_tokens_per_batch,
+            batch_size=manifest.batch_size,
+            progress=False,
+            first=members.start,
+        )
+        counts = counted_lengths(rows, manifest.bos_id, manifest.include_bos)
+        digests = np.frombuffer(b"".join(map(row_digest, rows)), dtype=np.uint8).reshape(-1, 16)
+        tensors = {LENGTHS: torch.tensor(counts, dtype=torch.int32), DIGESTS: torch.from_numpy(digests.copy())}
+        if manifest.keeps_tokens:
+            tensors[TOKENS] = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+            tensors[TOKEN_COUNTS] = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+        for pooling, one in found.items():
+            owners = np.repeat(members, counts) if pooling == "all" else np.array(members)
+            for hook_name, values in one.values.items():
+                tensors[f"{pooling}/{hook_name}"] = _as_stored(values, manifest.dtype, owners, hook_name)
         record = ShardRecord(
             start=members.start,
             stop=members.stop,
@@ -327,23 +349,12 @@ class _Writer:
             sha256={name: tensor_sha256(tensor) for name, tensor in tensors.items()},
         )
         payload = safetensors.torch.save(tensors, {METADATA_KEY: canonical_json(record.to_dict())})
-        write_atomically(shard_path(self._folder, shard), payload)
-
-
-@contextmanager
-def _naming_prompts(members: range) -> Iterator[None]:
-    """Errors of a shard's prompts name them by their place in the shard; say where that is."""
-    try:
-        yield
-    except InputError as error:
-        if members.start:
-            error.args = (f"among prompts {members.start} to {members.stop - 1}, counted from {members.start}: {error}",)
-            if hasattr(error, "rows"):
-                error.rows = [members.start + row for row in error.rows]
-        raise
+        with replaced_meanwhile(shard_path(self._folder, shard)):
+            write_atomically(shard_path(self._folder, shard), payload)
 
 
 def _as_stored(values: Tensor, dtype: StoreDtype, owners: np.ndarray, hook_name: str) -> Tensor:
+    """owners: the prompt that each row of values [n d_model] belongs to."""
     stored = values.to(DTYPES[dtype])
     overflown = torch.isinf(stored).any(dim=1)
     if overflown.any():
@@ -359,31 +370,15 @@ def _tokens_sha256(rows: list[list[int]]) -> str:
     return hashlib.sha256(b"".join(map(row_digest, rows))).hexdigest()
 
 
-def read_shard_record(path: Path) -> ShardRecord:
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY, "")
-        return parsed(ShardRecord, json.loads(text), path)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(
-            f"{str(path)!r} is damaged ({error}). Delete it and run the same extraction again: it computes what is missing."
-        ) from error
-
-
 def write_index(folder: Path, manifest: StoreManifest) -> None:
-    """Complete a store of which every shard is there; StoreError where one holds other prompts than its number says."""
-    records = []
-    for shard in range(manifest.n_shards):
-        record = read_shard_record(shard_path(folder, shard))
-        members = manifest.prompts_of(shard)
-        if (record.start, record.stop) != (members.start, members.stop):
-            raise StoreError(
-                f"{str(shard_path(folder, shard))!r} holds prompts {record.start} to {record.stop - 1}; expected "
-                f"{members.start} to {members.stop - 1}."
-            )
-        records.append(record.to_dict())
-    write_atomically(folder / INDEX, canonical_json({"shards": records}).encode())
-    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):  # of processes that were killed
+    """Complete a store of which every shard is there; StoreError where one is not what its number says."""
+    records = tuple(read_shard_record(folder, shard, manifest) for shard in range(manifest.n_shards))
+    index = StoreIndex(file_sha256(folder / MANIFEST), records)
+    with replaced_meanwhile(folder / INDEX):
+        write_atomically(folder / INDEX, index.to_json().encode())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of processes that were killed."""
+    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         leftover.unlink(missing_ok=True)

@@ -118,7 +118,7 @@ def sweep(
                     interval = judge.blind()
                 else:
                     usable.append(len(found))
-                    interval = judge.validated(make_classifier(classifier, random_state), values)
+                    interval = judge.validated(classifier, values)
                 found.append(SweepRow(hook_name, layer_of(hook_name), pooling, classifier_name(classifier), interval))
                 bar.update()
     if not usable:
@@ -126,7 +126,7 @@ def sweep(
     at = max(usable, key=lambda index: found[index].validation.value)  # the first of equals
     best, classifier = found[at], classifiers[at % len(classifiers)]
     values = features(best.hook_point, best.pooling)
-    fitted = judge.fitted(make_classifier(classifier, random_state), values)
+    fitted = judge.fitted(classifier, values)
     probe = Probe(
         model,
         best.hook_point,
