@@ -25,6 +25,6 @@ def in_another_order(n_prompts: int, seed: int = 0) -> tuple[list[str], list[int
     labels = [at % 2 for at in range(n_prompts)]
     ends = (("cats", "dogs"), ("dogs", "cats"))
     return [
-        " ".join([ends[label][0], *words, ends[label][1]])
+        " ".join(["the", ends[label][0], *words, ends[label][1]])  # a first word would be another token
         for words, label in zip(noise(seed, n_prompts), labels, strict=True)
     ], labels
