@@ -73,10 +73,12 @@ class SweepResult:
 
     def __str__(self) -> str:
         ranked = sorted(self.rows, key=lambda row: -row.validation.value)
-        width = max(len(row.hook_point) for row in ranked)
+        top = ranked[:_SHOWN_ROWS]
+        words = [(row.hook_point, row.pooling, row.classifier) for row in top]
+        widths = [max(map(len, column)) for column in zip(*words, strict=True)]
         lines = [
-            f"{row.hook_point:<{width}}  {row.pooling:<11}  {row.classifier:<20}  {shown(row.validation)}"
-            for row in ranked[:_SHOWN_ROWS]
+            "  ".join([*(f"{word:<{width}}" for word, width in zip(named, widths, strict=True)), shown(row.validation)])
+            for named, row in zip(words, top, strict=True)
         ]
         more = [f"... and {len(ranked) - _SHOWN_ROWS} more"] if len(ranked) > _SHOWN_ROWS else []
         verdict = "" if self.beats_baseline else "  (the probe does not clearly beat it)"
