@@ -63,9 +63,10 @@ class SweepResult:
         return pd.DataFrame([_line(row, is_best=index == best) for index, row in enumerate(self.rows)])
 
     def plot(self, path: str | Path | None = None, *, ax: Any = None) -> Any:
-        """Validation AUROC by layer with its band, the baseline, and the best on the test set. Returns matplotlib's Axes.
+        """Validation AUROC by layer, the baseline, and the best on the test set. Returns matplotlib's Axes.
 
-        path: also write the picture there. InputError where matplotlib is not installed.
+        Up to four lines have bands, their intervals; of more lines the best one alone. path: also write the picture there.
+        ax: Axes to draw on. InputError where matplotlib is not installed.
         """
         from lmprobe_tl.plots import plot_sweep
 

@@ -77,6 +77,7 @@ def test_no_group_is_in_two_parts_and_every_part_has_about_the_same_share_of_eac
         # a group of four is the most that a part can be off by, and with it what other classes weigh
         assert abs((labels[test] == label).sum() - (labels == label).sum() / n_folds) <= 6
     splits = selection_splits(labels, groups, n_folds, seed)
+    assert len(splits) == n_folds
     assert sorted(np.concatenate([validate for _, validate in splits])) == list(range(len(labels)))
     for train, validate in splits:
         assert sorted([*train, *validate]) == list(range(len(labels)))
