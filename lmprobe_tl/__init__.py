@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from lmprobe_tl.scoring import score_prompts, sequence_maxima
     from lmprobe_tl.store.merging import merge_stores
     from lmprobe_tl.store.writing import extract_to_store
-    from lmprobe_tl.sweep import sweep
     from lmprobe_tl.sweep_result import SweepResult
+    from lmprobe_tl.sweep_run import sweep
     from lmprobe_tl.weights import ProbeWeights
 
 __version__ = "0.1.0"
@@ -63,7 +63,7 @@ _HOMES = {
     "register_reduction": "reductions",
     "score_prompts": "scoring",
     "sequence_maxima": "scoring",
-    "sweep": "sweep",
+    "sweep": "sweep_run",
 }
 
 __all__ = [

@@ -17,7 +17,7 @@ class Evaluation:
 
     auroc: one-vs-rest macro mean with more than two classes. tpr_at_fpr: best true-positive rate whose false-positive rate
     does not exceed `fpr`; None with more than two classes. level: 'prompt', or 'token' where each token had a label.
-    Intervals come from a percentile bootstrap that draws whole prompts.
+    Intervals come from a percentile bootstrap that draws whole prompts, in a sweep whole groups of prompts.
     """
 
     auroc: Interval

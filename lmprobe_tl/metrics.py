@@ -108,8 +108,7 @@ def bootstrap_interval(
     A resample that misses a class is skipped; low and high are None if more than half are, or where a class is in fewer than
     five groups: resampling so few says nothing of others.
     """
-    if n_bootstrap < 1 or not 0.0 < confidence < 1.0:
-        raise InputError(f"Expected n_bootstrap >= 1 and 0 < confidence < 1, got {n_bootstrap} and {confidence}.")
+    check_bootstrap(n_bootstrap, confidence)
     labels, scores = np.asarray(labels), np.asarray(scores)
     group_ids = np.arange(len(labels)) if groups is None else np.asarray(groups)
     if not labels.shape == group_ids.shape == scores.shape[:1]:
@@ -138,6 +137,12 @@ def bootstrap_interval(
         return Interval(value, None, None, confidence, n_groups, n_skipped)
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value, float(low), float(high), confidence, n_groups, n_skipped)
+
+
+def check_bootstrap(n_bootstrap: int, confidence: float) -> None:
+    """InputError for a number of resamples or a confidence that `bootstrap_interval` cannot use."""
+    if n_bootstrap < 1 or not 0.0 < confidence < 1.0:
+        raise InputError(f"Expected n_bootstrap >= 1 and 0 < confidence < 1, got {n_bootstrap} and {confidence}.")
 
 
 def _resampled(metric: Metric, labels: NDArray[Any], scores: NDArray[Any], times: NDArray[np.int64]) -> float:

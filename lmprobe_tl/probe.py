@@ -21,6 +21,7 @@ from lmprobe_tl.estimators.fitting import fit_classifier
 from lmprobe_tl.estimators.streaming import can_stream, fit_blocks, fit_features
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
 from lmprobe_tl.extraction import extract_rows
+from lmprobe_tl.features import are_constant, constant_error, evenly_spread
 from lmprobe_tl.hook_points import (
     HookPoints,
     load_model,
@@ -182,14 +183,14 @@ class Probe(ClassifierMixin, BaseEstimator):
         check_classes(y)
         activations = self._extract(model, rows, names, train)
         features = activations.concatenated().numpy().astype(np.float64)
-        _refuse_constant(features, train)
+        if are_constant(features):
+            raise constant_error(train)
         weight = None
         if groups is not None and self.equal_prompt_weight:
             weight = 1 / np.asarray(lengths, dtype=np.float64)[groups]
             weight *= len(weight) / weight.sum()  # as strong together as unweighted tokens: C keeps its meaning
         fitted = fit_features(self.classifier, classifier, features, y, groups=groups, sample_weight=weight)
-        # Some rows of the training set, to prove on them that a linear rule says what the classifier says.
-        sample = features[np.linspace(0, len(features) - 1, min(len(features), 2048)).astype(int)]
+        sample = features[evenly_spread(len(features))]
         return self._learn(model, names, fitted, y, groups, [row_digest(row) for row in rows], sample)
 
     def fit_store(self, store: ActivationStore | str | Path, labels: Any) -> Probe:
@@ -207,7 +208,8 @@ class Probe(ClassifierMixin, BaseEstimator):
             raise InputError(f"pooling {pooling_name(train)!r} is a function, and a store holds named poolings alone.")
         model = load_model(self.model)
         names = resolve_hook_points(model, self.hook_points)
-        store.hook_names(names), store.check_pooling(train)  # raise before the weights are read
+        # These raise before the model's weights are read.
+        store.hook_names(names), store.check_pooling(train), store.records
         check_store_is_of(
             store,
             model,
@@ -230,7 +232,6 @@ class Probe(ClassifierMixin, BaseEstimator):
         else:
             features, weight = examples.in_memory()
             fitted = fit_classifier(classifier, features, examples.labels, groups=examples.groups, sample_weight=weight)
-        _refuse_constant(examples.sample(), train)
         digests = [bytes(row) for row in store.digests()]
         return self._learn(model, names, fitted, examples.labels, examples.groups, digests, examples.sample())
 
@@ -244,7 +245,8 @@ class Probe(ClassifierMixin, BaseEstimator):
         digests: list[bytes],
         sample: np.ndarray,
     ) -> Probe:
-        """Set what is learnt. y, groups: label and prompt of each example; digests: of each prompt's token ids."""
+        """Set what is learnt. y, groups: label and prompt of each example; digests: of each prompt's token ids; sample: some
+        of the features, to prove on them that a linear rule says what the classifier says."""
         self.classifier_, self.model_, self.hook_names_, self.classes_ = classifier, model, names, check_classes(y)
         if hasattr(self, "calibration_"):
             del self.calibration_, self._calibrated_as  # of the classifier before
@@ -252,6 +254,8 @@ class Probe(ClassifierMixin, BaseEstimator):
         self.n_features_in_ = sample.shape[1]
         if groups is not None:
             self.groups_ = groups
+        elif hasattr(self, "groups_"):
+            del self.groups_  # of a fit on tokens before
         self.training_ = TrainingRecord(
             data_sha256=data_hash(digests, y),
             n_prompts=len(digests),
@@ -465,11 +469,3 @@ class Probe(ClassifierMixin, BaseEstimator):
         if evaluation is not None:
             weights = weights.with_metrics({**weights.spec.metrics, **evaluation.records()})
         return weights.save(path)
-
-
-def _refuse_constant(features: np.ndarray, pooling: str | PoolingStrategy) -> None:
-    if not features.std(axis=0).max() > 1e-6 * np.abs(features).max():
-        raise InputError(
-            f"with pooling {pooling_name(pooling)!r} the activations of all prompts are the same, so nothing can be learnt "
-            "from them ('first_token' sees nothing but BOS where the model prepends one). Use another pooling."
-        )

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from lmprobe_tl.activation_store import ActivationStore
 from lmprobe_tl.errors import InputError, StoreError
 from lmprobe_tl.estimators.blocks import Block
+from lmprobe_tl.features import are_constant, constant_error, evenly_spread
 from lmprobe_tl.forward_batches import centred
+from lmprobe_tl.hook_points import end_of_sequence_ids
 from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
-from lmprobe_tl.tokens import tokenizer_record
+from lmprobe_tl.tokens import bos_id, tokenizer_record
 from lmprobe_tl.weights_fingerprint import weights_sha256
 
 _BLOCK_ELEMENTS = 2**22  # 32 MiB of float64
-_SAMPLE = 2048
 
 
 class StoreExamples:
@@ -54,25 +55,29 @@ class StoreExamples:
         if equal_prompt_weight and pooling == "all":
             self._weights = lengths.sum() / store.n_prompts / lengths  # as strong together as unweighted tokens
         self._sample: dict[int, NDArray[np.float64]] = {}
+        self._is_sampled = False
 
     def blocks(self) -> Iterator[Block]:
-        """One pass over all examples, in order."""
+        """One pass over all examples, in order. InputError at the end of the first where all of them are the same."""
         n_features = len(self._hook_names) * self._store.manifest.d_model
-        wanted = np.linspace(0, len(self.labels) - 1, min(len(self.labels), _SAMPLE)).astype(np.int64)
-        done = 0
+        wanted, is_first, done = evenly_spread(len(self.labels)), not self._is_sampled, 0
         for chunk in self._store.chunks(self._hook_names, self._pooling, max_rows=max(1, _BLOCK_ELEMENTS // n_features)):
             values = rearrange(chunk.values, "n (hook d_model) -> n hook d_model", hook=len(self._hook_names))
             values = centred(values) if self._centre else values
             features = rearrange(values, "n hook d_model -> n (hook d_model)").numpy().astype(np.float64)
             rows = slice(done, done + len(features))
-            for index in wanted[np.searchsorted(wanted, rows.start) : np.searchsorted(wanted, rows.stop)]:
-                self._sample.setdefault(int(index), features[index - done].copy())
+            if is_first:
+                for index in wanted[np.searchsorted(wanted, rows.start) : np.searchsorted(wanted, rows.stop)]:
+                    self._sample[int(index)] = features[index - done].copy()
             weight = None if self._weights is None else self._weights[chunk.prompts]
             yield Block(features, self._class_index[rows], weight)
             done += len(features)
+        self._is_sampled = True
+        if is_first and are_constant(self.sample()):
+            raise constant_error(self._pooling)
 
     def sample(self) -> NDArray[np.float64]:
-        """Some of the features that the last pass saw, evenly spread, [n n_features]."""
+        """Some of the features that the first pass saw, evenly spread, [n n_features]."""
         return np.stack([self._sample[index] for index in sorted(self._sample)])
 
     def in_memory(self) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
@@ -96,6 +101,9 @@ def check_store_is_of(
     pairs = {
         "weights": (manifest.weights_sha256[:16], weights_sha256(model)[:16]),
         "tokenizer": (manifest.tokenizer.fingerprint, tokenizer.fingerprint),
+        "chat template": (manifest.tokenizer.chat_template_fingerprint, tokenizer.chat_template_fingerprint),
+        "BOS id": (manifest.bos_id, bos_id(model)),
+        "EOS ids": (manifest.eos_ids, end_of_sequence_ids(model)),
         "prepend_bos": (manifest.tokenizer.prepend_bos, tokenizer.prepend_bos),
         "include_bos": (manifest.include_bos, include_bos),
         "max_length": (manifest.max_length, max_length),

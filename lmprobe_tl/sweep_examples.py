@@ -12,12 +12,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.features import evenly_spread
 from lmprobe_tl.hook_points import resolve_hook_points
 from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
 from lmprobe_tl.probe import Probe
 from lmprobe_tl.splits import Indices
 from lmprobe_tl.token_bag import as_documents
-from lmprobe_tl.tokens import bos_id, counted_lengths, row_digest
+from lmprobe_tl.tokens import bos_id, check_rows_count, counted_lengths, row_digest
 
 Array = NDArray[Any]
 
@@ -38,7 +39,7 @@ class SweepExamples:
         """Make `probe` one that was fitted on the selection."""
         chosen = np.unique(self.prompts[selection])
         owners = np.searchsorted(chosen, self.prompts[selection]) if self.level == "token" else None
-        sample = values[selection[np.linspace(0, len(selection) - 1, min(len(selection), 2048)).astype(int)]]
+        sample = values[selection[evenly_spread(len(selection))]]
         digests = [self.digests[index] for index in chosen]
         names = resolve_hook_points(model, probe.hook_points)
         probe._learn(model, names, fitted, self.labels[selection], owners, digests, sample)
@@ -47,17 +48,18 @@ class SweepExamples:
 def sweep_examples(
     model: Any, rows: list[list[int]], labels: Any, groups: Sequence[Any] | None, *, per_token: bool, include_bos: bool
 ) -> SweepExamples:
-    if are_token_labels(labels) and not per_token:
-        raise InputError("labels has one sequence a prompt; token labels need poolings=['all'].")
+    """Examples of the prompts `rows`, token ids each. InputError for labels or groups that do not fit them, EmptyMaskError
+    for prompts without a token that counts."""
+    bos = bos_id(model)
+    lengths = counted_lengths(rows, bos, include_bos)
+    check_rows_count(lengths)
     digests = [row_digest(row) for row in rows]
     by_prompt = joined_groups(digests, groups)
-    bos = bos_id(model)
     texts = [row[1:] if row[:1] == [bos] and not include_bos else row for row in rows]
     if not per_token:
         checked = check_labels(labels, len(rows))
         check_classes(checked)
         return SweepExamples(checked, by_prompt, np.arange(len(rows)), as_documents(texts), digests, "prompt")
-    lengths = counted_lengths(rows, bos, include_bos)
     owners = np.repeat(np.arange(len(rows)), lengths)
     if are_token_labels(labels):
         checked = np.concatenate(check_token_labels(labels, lengths))

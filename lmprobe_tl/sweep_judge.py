@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import clone
 
+from lmprobe_tl.estimators import make_classifier
 from lmprobe_tl.estimators.fitting import logits_of, probabilities_of
 from lmprobe_tl.estimators.streaming import fit_features
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
@@ -21,7 +21,10 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class SweepJudge:
-    """Scores of classifiers on the splits of a sweep. selection, test: indices of examples; splits: of the selection."""
+    """Scores of classifiers on the splits of a sweep. selection, test: indices of examples; splits: of the selection.
+
+    Intervals are by bootstrap over groups: prompts of one group are no independent evidence.
+    """
 
     examples: SweepExamples
     selection: Indices
@@ -31,45 +34,59 @@ class SweepJudge:
     confidence: float
     random_state: int | None
 
-    def validated(self, given: Any, classifier: Any, values: Array) -> Interval:
-        """AUROC of a classifier on features [n_selection ...] of the selection: the mean over splits.
-
-        given: the name or instance that the unfitted `classifier` was made from.
-        """
+    def validated(self, classifier: Any, values: Array) -> Interval:
+        """AUROC of a classifier on features [n_selection ...] of the selection: the mean over splits. classifier: a name or
+        an unfitted one."""
         labels, groups = self.examples.labels[self.selection], self.examples.groups[self.selection]
-        parts = []
-        for fold, (train, validate) in enumerate(self.splits):
-            fitted = fit_features(given, clone(classifier), values[train], labels[train], groups=groups[train])
-            scores = _scores(fitted, values[validate])
-            parts.append((validate, np.column_stack([np.full(len(validate), fold), scores])))
-        order = np.concatenate([validate for validate, _ in parts])
+        scores = []
+        for train, validate in self.splits:
+            fitted = self._fit(classifier, values[train], labels[train], groups[train])
+            scores.append(_scores(fitted, values[validate]))
+        return self._mean_over_splits(scores)
+
+    def blind(self) -> Interval:
+        """0.5, as of features that are all the same: a classifier would learn from their rounding, or raise."""
+        n_classes = len(np.unique(self.examples.labels))
+        shape = () if n_classes == 2 else (n_classes,)
+        return self._mean_over_splits([np.zeros((len(validate), *shape)) for _, validate in self.splits])
+
+    def _mean_over_splits(self, scores: list[Array]) -> Interval:
+        """scores: of each split's examples to validate on."""
+        order = np.concatenate([validate for _, validate in self.splits])
+        folds = np.concatenate([np.full(len(one), fold) for fold, one in enumerate(scores)])
         return bootstrap_interval(
             _mean_auroc,
-            labels[order],
-            np.concatenate([columns for _, columns in parts]),
-            groups=groups[order],
+            self.examples.labels[self.selection][order],
+            np.column_stack([folds, np.concatenate(scores)]),
+            groups=self.examples.groups[self.selection][order],
             n_bootstrap=self.n_bootstrap,
             confidence=self.confidence,
             random_state=self.random_state,
         )
 
-    def fitted(self, given: Any, classifier: Any, values: Array) -> Any:
+    def fitted(self, classifier: Any, values: Array) -> Any:
+        """A classifier fitted on the selection, of features [n_examples ...] of all examples."""
         labels, groups = self.examples.labels[self.selection], self.examples.groups[self.selection]
-        return fit_features(given, clone(classifier), values[self.selection], labels, groups=groups)
+        return self._fit(classifier, values[self.selection], labels, groups)
+
+    def _fit(self, classifier: Any, values: Array, labels: Array, groups: Array) -> Any:
+        return fit_features(classifier, make_classifier(classifier, self.random_state), values, labels, groups=groups)
 
     def tested(self, fitted: Any, values: Array, pooling: str) -> Evaluation:
+        """A fitted classifier on the test set, of features [n_examples ...] of all examples."""
         probabilities = probabilities_of(fitted, values[self.test])
-        return evaluate_scores(
+        evaluation = evaluate_scores(
             self.examples.labels[self.test],
             _scores(fitted, values[self.test]),
             fitted.classes_[probabilities.argmax(axis=1)],
-            self.examples.prompts[self.test],
+            self.examples.groups[self.test],
             level=self.examples.level,
             pooling=pooling,
             n_bootstrap=self.n_bootstrap,
             confidence=self.confidence,
             random_state=self.random_state,
         )
+        return replace(evaluation, n_prompts=len(np.unique(self.examples.prompts[self.test])))
 
 
 def _scores(fitted: Any, values: Array) -> Array:

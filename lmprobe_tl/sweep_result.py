@@ -54,22 +54,13 @@ class SweepResult:
         return high is not None and self.test.auroc.value > high
 
     def to_frame(self) -> Any:
-        """A pandas DataFrame, one line a combination: hook_point, layer, pooling, classifier, auroc, low, high, is_best."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise InputError("to_frame needs pandas: pip install 'lmprobe-tl[plots]'.") from None
-        return pd.DataFrame([self._line(row) for row in self.rows])
+        """A pandas DataFrame, one line a combination: hook_point, layer, pooling, classifier, auroc, low, high, is_best.
 
-    def _line(self, row: SweepRow) -> dict[str, Any]:
-        named = {name: value for name, value in asdict(row).items() if name != "validation"}
-        interval = row.validation
-        return named | {
-            "auroc": interval.value,
-            "low": interval.low,
-            "high": interval.high,
-            "is_best": row == self.best_,
-        }
+        InputError where pandas is not installed.
+        """
+        pd = pandas()
+        best = self.rows.index(self.best_)  # the first of equals, which two unlike classifiers with one repr can be
+        return pd.DataFrame([_line(row, is_best=index == best) for index, row in enumerate(self.rows)])
 
     def plot(self, path: str | Path | None = None, *, ax: Any = None) -> Any:
         """Validation AUROC by layer with its band, the baseline, and the best on the test set. Returns matplotlib's Axes.
@@ -82,10 +73,12 @@ class SweepResult:
 
     def __str__(self) -> str:
         ranked = sorted(self.rows, key=lambda row: -row.validation.value)
-        width = max(len(row.hook_point) for row in ranked)
+        top = ranked[:_SHOWN_ROWS]
+        words = [(row.hook_point, row.pooling, row.classifier) for row in top]
+        widths = [max(map(len, column)) for column in zip(*words, strict=True)]
         lines = [
-            f"{row.hook_point:<{width}}  {row.pooling:<11}  {row.classifier:<20}  {shown(row.validation)}"
-            for row in ranked[:_SHOWN_ROWS]
+            "  ".join([*(f"{word:<{width}}" for word, width in zip(named, widths, strict=True)), shown(row.validation)])
+            for named, row in zip(words, top, strict=True)
         ]
         more = [f"... and {len(ranked) - _SHOWN_ROWS} more"] if len(ranked) > _SHOWN_ROWS else []
         verdict = "" if self.beats_baseline else "  (the probe does not clearly beat it)"
@@ -99,6 +92,21 @@ class SweepResult:
                 f"bag of tokens there: {shown(self.baseline_test)}{verdict}",
             ]
         )
+
+
+def pandas() -> Any:
+    """The package; InputError that says how to install it."""
+    try:
+        import pandas as pd
+    except ImportError:
+        raise InputError("a table needs pandas: pip install 'lmprobe-tl[plots]'.") from None
+    return pd
+
+
+def _line(row: SweepRow, *, is_best: bool) -> dict[str, Any]:
+    interval = row.validation
+    named = {name: value for name, value in asdict(row).items() if name != "validation"}
+    return named | {"auroc": interval.value, "low": interval.low, "high": interval.high, "is_best": is_best}
 
 
 def shown(interval: Interval) -> str:

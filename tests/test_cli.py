@@ -30,8 +30,9 @@ from sklearn.exceptions import ConvergenceWarning
 from test_report import Page
 from tiny_terminal import TinyTerminal
 
-from lmprobe_tl import Probe, calibrate_probe, cli, demo, load_probe
+from lmprobe_tl import ActivationStore, Probe, calibrate_probe, cli, demo, extract_activations, load_probe, sweep
 from lmprobe_tl.demo import main_job
+from lmprobe_tl.estimators import CLASSIFIERS
 from lmprobe_tl.weights import ProbeWeights
 
 PROSE = ["A good day", "We went out", "The rain fell", "She said so", "Nobody knew", "It was late"] * 2
@@ -477,6 +478,202 @@ def test_score_with_a_model_of_ones_own(run: Run, llama: Tiny, tmp_path: Path) -
         rows = [[llama.tokenizer.bos_token_id] * (bos == "--bos") + row for row in rows]
         expected = [load_probe(path).probabilities(llama.hidden(row, 2)[-1]).item() for row in rows]
         np.testing.assert_allclose([record["score"] for record in records], expected, atol=1e-5)
+
+
+# --- extract, merge ------------------------------------------------------------------------------------------------------
+
+
+def test_extract_writes_a_store_that_goes_on_where_it_stopped(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, out = lines_of(tmp_path / "p.txt", TEXTS), tmp_path / "new" / "store"
+    arguments = ["extract", prompts, "--out", out, "--hook-points", "1,-1", "--pooling", "mean, all", "--dtype", "float16"]
+    said = run(*arguments, "--keep-tokens", "--no-bos", "--max-tokens-per-batch", 64).fine
+    assert said == (f"ActivationStore({str(out)!r}: 24 prompts, 2 hook points, poolings mean, all, float16; complete)\n")
+    store = ActivationStore(out)
+    assert store.hook_points == ("blocks.1.hook_resid_post", "blocks.5.hook_resid_post")
+    assert (store.manifest.max_tokens_per_batch, store.manifest.tokenizer.prepend_bos) == (64, False)
+    assert store.tokens() == [embedded_model().tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    own = extract_activations(embedded_model(), TEXTS, 1, "mean", prepend_bos=False).values["blocks.1.hook_resid_post"]
+    torch.testing.assert_close(store.values(1, "mean"), own, rtol=1e-2, atol=1e-2)
+
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / "index.json").unlink()
+    monkeypatch.setattr("lmprobe_tl.store.writing.extract_poolings", None)  # nothing is left to compute
+    assert run(*arguments, "--keep-tokens", "--no-bos", "--max-tokens-per-batch", 64).fine == said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    other = run(*arguments, "--no-bos", "--max-tokens-per-batch", 64)
+    assert "holds another extraction; wanted is keeps_tokens: false, not true" in other.error
+
+
+def test_processes_with_shards_share_a_folder_or_are_merged(run: Run, tmp_path: Path) -> None:
+    prompts = lines_of(tmp_path / "p.txt", TEXTS)
+    common = ["extract", prompts, "--hook-points", "2"]
+    whole = run(*common, "--out", tmp_path / "shared", "--shard", "0/2").fine
+    assert "1 of 2 shards missing)" in whole
+    assert run(*common, "--out", tmp_path / "shared", "--shard", "1/2").fine.endswith("; complete)\n")
+    for part in "01":
+        run(*common, "--out", tmp_path / part, "--shard", f"{part}/2").fine  # noqa: B018
+    few = run("merge", tmp_path / "merged", tmp_path / "0")
+    assert "1 of 2 shards are in none of the folders" in few.error
+    merged = run("merge", tmp_path / "merged", tmp_path / "0", tmp_path / "1").fine
+    assert merged == f"{ActivationStore(tmp_path / 'merged')}\n" and "complete" in merged
+    values = [ActivationStore(tmp_path / name).values() for name in ("merged", "shared")]
+    assert torch.equal(*values)
+    assert values[0].shape == (24, 192)
+    assert "Missing argument" in run("merge", tmp_path / "merged").error
+    assert "it has no manifest.json" in run("merge", tmp_path / "merged", tmp_path).error
+
+
+def test_extract_reads_standard_input_and_columns(run: Run, tmp_path: Path) -> None:
+    run("extract", "-", "-o", tmp_path / "a", "--hook-points", "0", stdin="\n".join(PROMPTS).encode()).fine  # noqa: B018
+    data = write(tmp_path / "p.jsonl", "\n".join(json.dumps({"words": text}) for text in PROMPTS))
+    run("extract", data, "-o", tmp_path / "b", "--hook-points", "0", "--text-column", "words").fine  # noqa: B018
+    assert torch.equal(ActivationStore(tmp_path / "a").values(), ActivationStore(tmp_path / "b").values())
+
+
+# --- sweep ---------------------------------------------------------------------------------------------------------------
+
+MANY = [f"{text} {name}" for name in ("a", "bb", "ccc") for text in (*PROSE[:6], *CODE[:6])]
+KINDS = ["prose"] * 6 + ["code"] * 6
+
+
+def test_sweep_says_what_the_library_finds_and_writes_what_is_asked_for(run: Run, tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "d.jsonl", MANY, KINDS * 3)
+    out, table, plot = tmp_path / "best.safetensors", tmp_path / "all.csv", tmp_path / "layers.png"
+    options = ["--hook-points", "1,3", "--pooling", "mean,last_token", "--classifier", "ridge,mass_mean", "--folds", 3]
+    options += ["--test-share", 0.3, "--seed", 2]
+    printed = run("sweep", data, *options, "--out", out, "--table", table, "--plot", plot).fine
+    result = sweep(
+        embedded_model(),
+        MANY,
+        KINDS * 3,
+        [1, 3],
+        ["mean", "last_token"],
+        ["ridge", "mass_mean"],
+        validation=3,
+        test_share=0.3,
+        random_state=2,
+        name="best",
+        progress=False,
+    )
+    assert printed == f"{result}\n{out}: the best, trained on {result.n_selection} prompts\n"
+    saved = load_probe(out)
+    assert saved.spec == result.probe_.weights_.with_metrics(result.test.records()).spec
+    assert torch.equal(saved.direction, result.probe_.weights_.direction)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["auroc"]) for row in rows] == [row.validation.value for row in result.rows]
+    assert [row["is_best"] for row in rows].count("True") == 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert run("sweep", data, *options).fine == f"{result}\n"
+
+
+def test_sweep_with_a_store_computes_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["sweep", jsonl(tmp_path / "d.jsonl", MANY, KINDS * 3), "--hook-points", "3", "--store", tmp_path / "store"]
+    first = run(*arguments).fine
+    assert ActivationStore(tmp_path / "store").n_prompts == len(MANY)
+    monkeypatch.setattr("lmprobe_tl.store.writing.extract_poolings", None)
+    assert run(*arguments).fine == first
+    monkeypatch.setattr("lmprobe_tl.sweep_run.extract_poolings", None)
+    with pytest.raises(TypeError):
+        run(*arguments[:-2])
+
+
+@pytest.mark.parametrize("command", ["fit", "sweep"])
+def test_the_help_names_every_classifier(run: Run, command: str) -> None:
+    said = " ".join(run(command, "--help").fine.split())
+    for name in CLASSIFIERS:
+        assert re.search(rf"\b{name}\b", said), name
+
+
+@pytest.mark.parametrize("package", ["matplotlib.pyplot", "pandas"])
+def test_sweep_misses_a_package_before_the_model_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    no_model_may_load(monkeypatch)
+    monkeypatch.setitem(sys.modules, package, None)
+    option = ("--table", "t.csv") if package == "pandas" else ("--plot", "t.png")
+    ran = run("sweep", jsonl(tmp_path / "d.jsonl", MANY, KINDS * 3), option[0], tmp_path / option[1])
+    assert f"needs {package.split('.')[0]}: pip install 'lmprobe-tl[plots]'" in ran.error
+
+
+FIT, SWEEP, EXTRACT = ["fit", "{data}", "-o", "x.safetensors"], ["sweep", "{data}"], ["extract", "{prompts}", "-o", "new"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([*FIT, "--classifier", "rigde"], "Closest: 'ridge'"),
+        ([*FIT, "--pooling", "men"], "Closest: 'mean'"),
+        ([*FIT, "--inference-pooling", "score:men"], "Unknown pooling strategy 'score:men'"),
+        (["fit", "one.jsonl", "-o", "x.safetensors", "--test-share", "0"], "at least two classes"),
+        ([*EXTRACT, "--shard", "2/2"], "--shard is '2/2'; expected i/n with i from 0 to n - 1"),
+        ([*EXTRACT, "--shard", "one"], "--shard is 'one'; expected i/n"),
+        ([*EXTRACT, "--shard", "-1/2"], "--shard is '-1/2'; expected i/n"),
+        ([*EXTRACT, "--pooling", "men"], "Closest: 'mean'"),
+        ([*EXTRACT, "--pooling", "mean,mean"], "names 'mean' more than once"),
+        ([*EXTRACT, "--pooling", ","], "pooling is an empty list"),
+        ([*EXTRACT, "--pooling", "score:max"], "reduces scores, and extraction has none"),
+        ([*EXTRACT, "--dtype", "float8"], "--dtype is 'float8'; expected 'float32', 'float16', 'bfloat16'"),
+        ([*EXTRACT, "--max-tokens-per-batch", "0"], "--max-tokens-per-batch"),
+        (["extract", "none.txt", "-o", "new"], "there is no file 'none.txt'"),
+        (["extract", "{prompts}", "-o", "full"], "--out is 'full', which exists and is no activation store"),
+        (["extract", "{prompts}", "-o", "{prompts}"], "which exists and is no activation store"),
+        (["extract", "{prompts}"], "Missing option '--out'"),
+        ([*SWEEP, "--out", "x.pt"], "--out is 'x.pt'; expected a name ending in .safetensors"),
+        ([*SWEEP, "--table", "x.xlsx"], "--table is 'x.xlsx'; expected a name ending in .csv"),
+        ([*SWEEP, "--plot", "x.jpg"], "--plot is 'x.jpg'; expected a name ending in .png or .svg or .pdf"),
+        ([*SWEEP, "--out", "no/x.safetensors"], "--out is 'no/x.safetensors', but there is no folder"),
+        ([*SWEEP, "--table", "no/x.csv"], "--table is 'no/x.csv', but there is no folder"),
+        ([*SWEEP, "--plot", "no/x.png"], "--plot is 'no/x.png', but there is no folder"),
+        ([*SWEEP, "--store", "full"], "--store is 'full', which exists and is no activation store"),
+        ([*SWEEP, "--pooling", "men"], "Closest: 'mean'"),
+        ([*SWEEP, "--pooling", "max"], "train_pooling cannot be 'max'"),
+        ([*SWEEP, "--pooling", "all,mean"], "Sweep 'all' alone"),
+        ([*SWEEP, "--pooling", ","], "poolings is empty"),
+        ([*SWEEP, "--classifier", "rigde"], "Closest: 'ridge'"),
+        ([*SWEEP, "--classifier", "lda,lda"], "names 'lda' more than once"),
+        ([*SWEEP, "--folds", "1"], "--folds"),
+        ([*SWEEP, "--test-share", "0.7"], "the share to hold out is 0.7"),
+        ([*SWEEP, "--test-share", "nan"], "the share to hold out is nan"),
+        (["sweep", "one.jsonl"], "at least two classes"),
+        (["sweep", "tokens.jsonl"], "token labels need poolings=['all']"),
+        (["sweep", "none.jsonl"], "there is no file 'none.jsonl'"),
+    ],
+)
+def test_what_is_wrong_with_the_arguments_is_one_line_before_the_model_is_loaded(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    no_model_may_load(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    names = {"data": jsonl(tmp_path / "d.jsonl", TEXTS, LABELS), "prompts": lines_of(tmp_path / "p.txt", PROMPTS)}
+    jsonl(tmp_path / "one.jsonl", TEXTS, [1] * 24)
+    jsonl(tmp_path / "tokens.jsonl", TEXTS, [[0, 1]] * 24)
+    (tmp_path / "full").mkdir()
+    write(tmp_path / "full" / "notes.txt", "mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert says in run(*(argument.format(**names) for argument in arguments)).error
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sweep", "few.jsonl"], "class 1 is in too few groups of prompts to be in every one of 4 parts"),
+        ([*SWEEP, "--hook-points", "6"], "layer 6 does not exist: this model has 6 layers"),
+        ([*EXTRACT, "--hook-points", "blocks.3.hook_resid_pots"], "Closest: 'blocks.3.hook_resid_post'"),
+        (["extract", "long.txt", "-o", "new"], "longer than the 512 tokens allowed: prompt 1"),
+    ],
+)
+def test_what_only_the_model_can_tell_is_one_line_too(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"data": jsonl(tmp_path / "d.jsonl", TEXTS, LABELS), "prompts": lines_of(tmp_path / "p.txt", PROMPTS)}
+    jsonl(tmp_path / "few.jsonl", TEXTS, [0] * 22 + [1] * 2)
+    write(tmp_path / "long.txt", "short\n" + "word " * 600)
+    assert says in run(*(argument.format(**names) for argument in arguments)).error
 
 
 # --- generate ------------------------------------------------------------------------------------------------------------

@@ -39,8 +39,9 @@ FLOORS = {
         "evaluation",
         "probe",
         "artefact",
+        "features",
         "store_examples",
-        "sweep",
+        "sweep_run",
         "sweep_examples",
         "sweep_judge",
         "sweep_result",
@@ -73,7 +74,6 @@ ONLY_IN = {
         "probe",
         "artefact",
         "splits",
-        "sweep_judge",
         "token_bag",
         "cli.fit",
     },
@@ -187,6 +187,8 @@ def test_public_names_are_sorted_documented_and_there() -> None:
         assert name in dir(lmprobe_tl)
     fixed = {"Probe", "ProbeWeights", "load_probe", "attach_probes", "monitored_generate", "extract_activations", "pooling"}
     assert fixed <= set(lmprobe_tl.__all__)
+    # Importing a module binds its name in the package, where it would hide what should stand there.
+    assert set(lmprobe_tl._HOMES) & set(FLOOR_OF) == set()
     with pytest.raises(AttributeError, match="'load_prob'"):
         _ = lmprobe_tl.load_prob
 

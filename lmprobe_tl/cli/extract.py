@@ -14,6 +14,7 @@ from lmprobe_tl.cli.options import (
     BatchOption,
     BosOption,
     ModelOption,
+    check_store_folder,
     load_or_demo,
     parse_hook_points,
     parse_names,
@@ -46,7 +47,14 @@ def extract(
 ) -> None:
     """Write pooled activations of prompts to a folder, from which probes are fitted and layers compared."""
     part = _parsed_shard(shard)
-    texts = read_prompts(prompts, text_column)
+    check_store_folder(out, "--out")
+    texts, poolings = read_prompts(prompts, text_column), parse_names(pooling)
+    from lmprobe_tl.batch_pooling import activation_poolings
+    from lmprobe_tl.store.record import DTYPES
+
+    activation_poolings(poolings)  # raises before the model is loaded
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype is {dtype!r}; expected {', '.join(map(repr, DTYPES))}.")
     loaded = load_or_demo(model)
     from lmprobe_tl.store.writing import extract_to_store
 
@@ -55,7 +63,7 @@ def extract(
         texts,
         out,
         parse_hook_points(hook_points),
-        parse_names(pooling),
+        poolings,
         dtype=dtype,  # type: ignore[arg-type]
         shard=part,
         keep_tokens=keep_tokens,

@@ -51,7 +51,12 @@ def fit(
         raise InputError(f"--out is {str(out)!r}; a probe file ends in .safetensors.")
     check_folder_of(out)
     train, test = _split(labels, test_share, seed)
+    from lmprobe_tl.estimators import make_classifier
+    from lmprobe_tl.pooling import resolve_pooling
     from lmprobe_tl.probe import Probe
+
+    resolve_pooling(pooling, None, inference_pooling)  # these raise before the model is loaded
+    make_classifier(classifier, seed)
 
     probe = Probe(
         load_or_demo(model),
@@ -78,13 +83,15 @@ def fit(
 def _split(labels: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices to train on and to hold out, with the same share of each class."""
     everything = list(range(len(labels)))
+    from lmprobe_tl.labels import are_token_labels, check_classes, check_labels
+
+    classes = None if are_token_labels(labels) else check_labels(labels, len(labels))
+    if classes is not None:
+        check_classes(classes)
     if share == 0:
         return everything, []
     from sklearn.model_selection import train_test_split
 
-    from lmprobe_tl.labels import are_token_labels, check_labels
-
-    classes = None if are_token_labels(labels) else check_labels(labels, len(labels))
     try:
         train, test = train_test_split(everything, test_size=share, random_state=seed, stratify=classes)
     except ValueError as error:

@@ -56,6 +56,16 @@ def parse_names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def check_store_folder(folder: Path, option: str) -> None:
+    """Refuse early what `extract_to_store` refuses once the model is loaded: a folder that holds anything else."""
+    if not folder.exists() or (folder / "manifest.json").is_file():
+        return
+    if not folder.is_dir() or any(item.name[0] != "." for item in folder.iterdir()):
+        raise InputError(
+            f"{option} is {str(folder)!r}, which exists and is no activation store; choose a new or an empty folder."
+        )
+
+
 def check_folder_of(out: Path, option: str = "--out") -> None:
     folder = out.resolve().parent
     if not folder.is_dir():

@@ -14,6 +14,7 @@ from lmprobe_tl.cli.options import (
     BosOption,
     ModelOption,
     check_folder_of,
+    check_store_folder,
     load_or_demo,
     parse_hook_points,
     parse_names,
@@ -34,11 +35,15 @@ def sweep(
         str, typer.Option("--pooling", help="One or several of last_token, mean, first_token, eos; or all, alone.")
     ] = "last_token,mean",
     classifier: Annotated[
-        str, typer.Option("--classifier", help="One or several of logistic_regression, mass_mean, lda, ridge.")
+        str,
+        typer.Option(
+            "--classifier", help="One or several of logistic_regression, ridge, lda, mass_mean, mass_mean_whitened."
+        ),
     ] = "logistic_regression",
     folds: Annotated[int, typer.Option("--folds", min=2, help="Folds of the validation.")] = 5,
     test_share: Annotated[
-        float, typer.Option("--test-share", help="Share of the prompts that chooses nothing and judges the best.")
+        float,
+        typer.Option("--test-share", help="Share of the prompts, at most 0.5, that chooses nothing and judges the best."),
     ] = 0.25,
     store: Annotated[
         Path | None, typer.Option("--store", help="Folder for the activations: kept, resumed, read a layer at a time.")
@@ -59,21 +64,31 @@ def sweep(
             raise InputError(f"{option} is {str(path)!r}; expected a name ending in {' or '.join(suffixes)}.")
         if path is not None:
             check_folder_of(path, option)
+    if store is not None:
+        check_store_folder(store, "--store")
     prompts, labels = read_labelled(data, text_column, label_column)
     if plot is not None:
         from lmprobe_tl.plots import pyplot
 
-        pyplot().switch_backend("agg")  # raises where it is missing, before the model runs
+        pyplot().switch_backend("agg")  # raises where it is missing, before the model is loaded
+    if table is not None:
+        from lmprobe_tl.sweep_result import pandas
+
+        pandas()
+    from lmprobe_tl.sweep_run import check_sweep
+    from lmprobe_tl.sweep_run import sweep as run_sweep
+
+    poolings, classifiers = parse_names(pooling), parse_names(classifier)
+    check_sweep(len(prompts), labels, poolings, classifiers, folds, test_share)
     loaded = load_or_demo(model)
-    from lmprobe_tl.sweep import sweep as run_sweep
 
     result = run_sweep(
         loaded,
         prompts,
         labels,
         parse_hook_points(hook_points),
-        parse_names(pooling),
-        parse_names(classifier),
+        poolings,
+        classifiers,
         validation=folds,
         test_share=test_share,
         store=store,

@@ -16,12 +16,15 @@ from lmprobe_tl.batch_pooling import activation_poolings
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators import make_classifier
 from lmprobe_tl.extraction import extract_poolings
+from lmprobe_tl.features import are_constant, constant_error
 from lmprobe_tl.forward_batches import centred
 from lmprobe_tl.hook_points import HookPoints, layer_of, load_model, normalization, resolve_hook_points
+from lmprobe_tl.labels import are_token_labels, check_classes, check_labels
+from lmprobe_tl.metrics import check_bootstrap
 from lmprobe_tl.pooling import resolve_pooling
 from lmprobe_tl.probe import Probe
 from lmprobe_tl.provenance import classifier_name
-from lmprobe_tl.splits import held_out, selection_splits
+from lmprobe_tl.splits import check_share, check_validation, held_out, selection_splits
 from lmprobe_tl.store.writing import extract_to_store
 from lmprobe_tl.sweep_examples import sweep_examples
 from lmprobe_tl.sweep_judge import SweepJudge
@@ -64,19 +67,24 @@ def sweep(
     labels: as in `Probe.fit`. poolings: named ones for training; 'all' makes every token an example and stands alone.
     classifiers: names or scikit-learn classifiers. groups: one value a prompt; prompts of one group are never parted. Equal
     prompts never are, either.
-    validation: a number of folds, or a share of the selection prompts to validate on. test_share: of all prompts, about.
+    validation: a number of folds, or a share of the selection prompts to validate on. test_share: of all prompts. A share
+    is one of round(1 / share) parts, at most 0.5.
     store: a folder for the activations, which are then read a layer at a time; without it all layers are in memory at once.
-    n_bootstrap, confidence: of the intervals, by bootstrap over prompts. name: of the best probe.
+    n_bootstrap, confidence: of the intervals, by bootstrap over groups. name: of the best probe.
 
-    Raises InputError for what cannot be used, and where a class is in too few groups to be split.
+    A cross-validation inside a classifier parts no group either. A combination whose activations are all the same, such as
+    'first_token' behind a BOS, scores 0.5 and is never the best.
+
+    Raises InputError for what cannot be used, and where a class is in too few groups to be split, before the model runs;
+    and where no combination has activations that differ.
 
     >>> result = sweep(model, prompts, labels)  # doctest: +SKIP
     >>> print(result)  # doctest: +SKIP
     >>> result.probe_.save("best.safetensors", evaluation=result.test)  # doctest: +SKIP
     """
-    prompts, poolings, classifiers = check_prompts(prompts), _checked_poolings(poolings), _listed(classifiers, "classifiers")
-    for classifier in classifiers:
-        make_classifier(classifier, random_state)  # a typing error is cheaper to find before the model runs
+    prompts = check_prompts(prompts)
+    poolings, classifiers = check_sweep(len(prompts), labels, poolings, classifiers, validation, test_share)
+    check_bootstrap(n_bootstrap, confidence)
     model = load_model(model)
     names = resolve_hook_points(model, hook_points)
     rows = tokenize_prompts(model, prompts, prepend_bos=prepend_bos, max_length=max_length, truncation=truncation)
@@ -98,19 +106,27 @@ def sweep(
         features = _from_store(written, centre=normalization(model) == "layernorm")
 
     found: list[SweepRow] = []
+    usable: list[int] = []
     combinations = [(hook_name, pooling) for hook_name in names for pooling in poolings]
     hidden = None if progress is None else not progress
     with tqdm(total=len(combinations) * len(classifiers), desc="sweep", unit="fit", disable=hidden, leave=False) as bar:
         for hook_name, pooling in combinations:
             values = features(hook_name, pooling)[selection]
+            is_blind = are_constant(values)
             for classifier in classifiers:
-                interval = judge.validated(classifier, make_classifier(classifier, random_state), values)
+                if is_blind:
+                    interval = judge.blind()
+                else:
+                    usable.append(len(found))
+                    interval = judge.validated(classifier, values)
                 found.append(SweepRow(hook_name, layer_of(hook_name), pooling, classifier_name(classifier), interval))
                 bar.update()
-    at = max(range(len(found)), key=lambda index: found[index].validation.value)  # the first of equals
+    if not usable:
+        raise constant_error(poolings[0])
+    at = max(usable, key=lambda index: found[index].validation.value)  # the first of equals
     best, classifier = found[at], classifiers[at % len(classifiers)]
     values = features(best.hook_point, best.pooling)
-    fitted = judge.fitted(classifier, make_classifier(classifier, random_state), values)
+    fitted = judge.fitted(classifier, values)
     probe = Probe(
         model,
         best.hook_point,
@@ -121,6 +137,7 @@ def sweep(
         max_length=max_length,
         truncation=truncation,
         max_tokens_per_batch=max_tokens_per_batch,
+        progress=progress,
         random_state=random_state,
         name=name,
     )
@@ -130,8 +147,8 @@ def sweep(
         rows=tuple(found),
         best_=best,
         test=judge.tested(fitted, values, best.pooling),
-        baseline=judge.validated(bag, bag, examples.documents[selection]),
-        baseline_test=judge.tested(judge.fitted(bag, bag, examples.documents), examples.documents, "none").auroc,
+        baseline=judge.validated(bag, examples.documents[selection]),
+        baseline_test=judge.tested(judge.fitted(bag, examples.documents), examples.documents, "none").auroc,
         level=examples.level,
         validation=validation,
         n_selection=len(np.unique(examples.prompts[selection])),
@@ -139,6 +156,25 @@ def sweep(
         random_state=random_state,
         probe_=probe,
     )
+
+
+def check_sweep(
+    n_prompts: int, labels: Any, poolings: Any, classifiers: Any, validation: int | float, test_share: float
+) -> tuple[list[str], list[Any]]:
+    """Poolings and classifiers as lists; InputError for what is known to be wrong before there is a model."""
+    listed, poolings = _listed(classifiers, "classifiers"), _checked_poolings(poolings)
+    for classifier in listed:
+        make_classifier(classifier, None)
+        if isinstance(classifier, str) and listed.count(classifier) > 1:
+            raise InputError(f"classifiers names {classifier!r} more than once; give each of them once.")
+    check_validation(validation)
+    check_share(test_share)
+    if are_token_labels(labels):
+        if poolings != ["all"]:
+            raise InputError("labels has one sequence a prompt; token labels need poolings=['all'].")
+    else:
+        check_classes(check_labels(labels, n_prompts))
+    return poolings, listed
 
 
 def _listed(values: Any, name: str) -> list[Any]:
