@@ -223,8 +223,10 @@ class HookHandle:
 def add_hook(model: Any, hook_name: str, callback: Callable[[Tensor], None]) -> HookHandle:
     """Call `callback(activations [batch pos d_model])` whenever the hook point fires; the activations are left as they
     are."""
-    hook_point = model.hook_dict[hook_name]
+    return _add_hook(model.hook_dict[hook_name], callback)
 
+
+def _add_hook(hook_point: Any, callback: Callable[[Tensor], None]) -> HookHandle:
     def read_only(activations: Tensor, hook: Any) -> None:
         callback(activations)
 
@@ -236,8 +238,9 @@ def add_hook(model: Any, hook_name: str, callback: Callable[[Tensor], None]) -> 
 def hooks_on(model: Any, callbacks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Hooks that live as long as the block, also when it ends in an exception."""
     with ExitStack() as stack:
+        points = model.hook_dict  # made anew whenever it is asked for
         for hook_name, callback in callbacks.items():
-            stack.callback(add_hook(model, hook_name, callback).remove)
+            stack.callback(_add_hook(points[hook_name], callback).remove)
         yield
 
 
