@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded import embedded_model, embedded_tokenizer
 from transformers import AutoModelForCausalLM
 
 from benchmarks import bench_extract, bench_live
@@ -15,7 +16,6 @@ from benchmarks.texts import NumberedTexts, ragged_texts
 from lmprobe_tl import extract_activations
 from lmprobe_tl.demo import MODEL_FOLDER
 from lmprobe_tl.tokens import batches_by_length
-from tests.embedded import embedded_model, embedded_tokenizer
 
 
 def test_the_live_benchmark_measures_every_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
