@@ -24,7 +24,8 @@ Truncation: TypeAlias = Literal["left", "right"] | None
 _NAMED_ROWS = 8
 # Enough for fast tokenizers to spread over the cores; of 20,000 at once they hold 76 MB beside the ids, and take longer.
 _TEXTS_AT_ONCE = 1024
-MAX_TOKENS_PER_BATCH = 4096  # pads included: enough to keep two cores or a small GPU busy
+# Pads included. On two cores 4096 takes 1.5 to 2 times as long: more pads, and activations that the caches do not hold.
+MAX_TOKENS_PER_BATCH = 1024
 
 
 def check_prompts(prompts: Any) -> list[Prompt]:
