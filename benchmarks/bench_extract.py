@@ -31,7 +31,7 @@ from benchmarks.lmprobe_client import LmprobeProcess
 from benchmarks.store_rates import store_rates
 from benchmarks.texts import ragged_texts
 from lmprobe_tl import extract_activations
-from lmprobe_tl.tokens import MAX_TOKENS_PER_BATCH
+from lmprobe_tl.tokens import TOKENS_ON_CPU
 
 PROMPTS = {"demo": 96, "gpt2-small": 16}  # texts a round
 SHORT = 32  # tokens of the longest short text
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "device": device_name("cpu"),
         "torch": torch.__version__,
         "rounds": options.rounds,
-        "max_tokens_per_batch": MAX_TOKENS_PER_BATCH,
+        "max_tokens_per_batch": TOKENS_ON_CPU,
         "rows": [],
         "store": [],
         "lmprobe": {},

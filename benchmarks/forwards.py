@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lmprobe_tl.pooling import pool_mean
-from lmprobe_tl.tokens import MAX_TOKENS_PER_BATCH, batches_by_length, pad_id, pad_rows, tokenize_prompts
+from lmprobe_tl.tokens import TOKENS_ON_CPU, batches_by_length, pad_id, pad_rows, tokenize_prompts
 
 
 class _Stop(Exception):  # noqa: N818 (a signal, not an error)
@@ -37,7 +37,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         rows = tokenize_prompts(self.model, self.texts)
-        groups = batches_by_length([len(row) for row in rows], max_tokens=MAX_TOKENS_PER_BATCH)
+        groups = batches_by_length([len(row) for row in rows], max_tokens=TOKENS_ON_CPU)
         pad = pad_id(self.model)
         batches = [pad_rows([rows[index] for index in group], pad_token_id=pad) for group in groups]
         object.__setattr__(self, "rows", rows)

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lmprobe_tl.errors import EmptyMaskError, InputError, PromptTooLongError
-from lmprobe_tl.hook_points import context_length, vocabulary_size
+from lmprobe_tl.hook_points import context_length, device_of, vocabulary_size
 from lmprobe_tl.probe_spec import TokenizerRecord
 
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
@@ -24,8 +24,9 @@ Truncation: TypeAlias = Literal["left", "right"] | None
 _NAMED_ROWS = 8
 # Enough for fast tokenizers to spread over the cores; of 20,000 at once they hold 76 MB beside the ids, and take longer.
 _TEXTS_AT_ONCE = 1024
-# Pads included. On two cores 4096 takes 1.5 to 2 times as long: more pads, and activations that the caches do not hold.
-MAX_TOKENS_PER_BATCH = 1024
+# Tokens of a batch, pads included. On two cores 4096 take 1.5 to 2 times as long: more pads, and activations that the caches
+# do not hold. Accelerators need more to be busy.
+TOKENS_ON_CPU, TOKENS_ON_ACCELERATOR = 1024, 8192
 
 
 def check_prompts(prompts: Any, *, first: int = 0) -> list[Prompt]:
@@ -272,7 +273,7 @@ def batches_by_length(
     lengths: Sequence[int],
     batch_size: int | None = None,
     *,
-    max_tokens: int = MAX_TOKENS_PER_BATCH,
+    max_tokens: int = TOKENS_ON_CPU,
     sort: bool = True,
 ) -> Iterator[list[int]]:
     """Indices of the rows in batches, longest first, so that rows of a batch need little padding and the largest comes
@@ -293,6 +294,13 @@ def batches_by_length(
         longest = grown
     if batch:
         yield batch
+
+
+def token_budget(model: Any, max_tokens_per_batch: int | None) -> int:
+    """The bound as given, or what suits the model's device."""
+    if max_tokens_per_batch is not None:
+        return max_tokens_per_batch
+    return TOKENS_ON_CPU if device_of(model).type == "cpu" else TOKENS_ON_ACCELERATOR
 
 
 def check_batching(batch_size: Any, max_tokens_per_batch: Any) -> None:

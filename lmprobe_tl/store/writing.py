@@ -34,7 +34,6 @@ from lmprobe_tl.store.record import (
 )
 from lmprobe_tl.store.shards import ShardWriter, replaced_meanwhile
 from lmprobe_tl.tokens import (
-    MAX_TOKENS_PER_BATCH,
     Prompt,
     Truncation,
     bos_id,
@@ -42,6 +41,7 @@ from lmprobe_tl.tokens import (
     check_prompts,
     counted_lengths,
     length_limit,
+    token_budget,
     tokenize_prompts,
     tokenizer_record,
 )
@@ -63,7 +63,7 @@ def extract_to_store(
     shard: tuple[int, int] | None = None,
     keep_tokens: bool = False,
     prompts_per_shard: int | None = None,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     batch_size: int | None = None,
     prepend_bos: bool | None = None,
     include_bos: bool = False,
@@ -95,6 +95,7 @@ def extract_to_store(
     worker, n_workers = _checked_shard(shard)
     _refuse_other_hooks(model)
     # What cannot be is found before a manifest with it lies in the folder.
+    max_tokens_per_batch = token_budget(model, max_tokens_per_batch)
     check_batching(batch_size, max_tokens_per_batch)
     length_limit(model, max_length)
     tokenizing: dict[str, Any] = {"prepend_bos": prepend_bos, "max_length": max_length, "truncation": truncation}
