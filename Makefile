@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-tl3 check bench-live demo-model clean
+.PHONY: demo test test-tl3 check bench-live bench-extract demo-model clean
 
 demo: .venv/installed
 	$(BIN)/lmprobe-tl demo
@@ -22,6 +22,10 @@ check: .venv/installed-dev
 # What live scoring costs, against bare steps; long. Leave the machine alone meanwhile.
 bench-live: .venv/installed
 	$(BIN)/python -m benchmarks.bench_live
+
+# What extraction costs, against bare passes, by-hand code and lmprobe (downloaded once); long. Leave the machine alone meanwhile.
+bench-extract: .venv/installed
+	$(BIN)/python -m benchmarks.bench_extract
 
 # Trains the embedded model anew: about an hour on two cores.
 demo-model: .venv/installed

@@ -9,35 +9,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
-import statistics
-import time
 import tracemalloc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import numpy as np
 import torch
 
+from benchmarks.common import MODELS, RESULTS, device_name, paired, seconds
 from lmprobe_tl import ProbeWeights
 from lmprobe_tl.attach import attach_probes
-from lmprobe_tl.demo import load_demo_model
 from lmprobe_tl.errors import ModelMismatchWarning
 from lmprobe_tl.hook_points import ForwardCall, ForwardWatch
 from lmprobe_tl.monitor import Monitor
 from lmprobe_tl.probe_spec import PoolingRecord
 from lmprobe_tl.reductions import make_online
 
-RESULTS = Path(__file__).parent / "results"
 REDUCTIONS = {
     "last_token": None, "mean": None, "max": None, "min": None, "ema_max": 0.5, "rolling_max": 10, "softmax": 5.0,
 }  # fmt: skip
@@ -69,20 +61,6 @@ CASES = [
         for name, value in REDUCTIONS.items() if name != "max"
     ),
 ]  # fmt: skip
-
-
-def gpt2_small() -> Any:
-    """The shape of GPT-2 small with random weights: 12 layers, d_model 768, 50,257 tokens."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    tokenizer = load_demo_model().tokenizer
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=50257, bos_token_id=0, eos_token_id=1)).eval()
-    return TransformerBridge.boot_transformers("gpt2", hf_model=model, tokenizer=tokenizer, device="cpu")
-
-
-MODELS: dict[str, Callable[[], Any]] = {"demo": load_demo_model, "gpt2-small": gpt2_small}
 
 
 def probes_of(case: Case, model: Any) -> list[ProbeWeights]:
@@ -130,12 +108,6 @@ def hooks_of(monitor: Monitor, model: Any) -> Iterator[None]:
     finally:
         monitor.detach()
         watch.remove()
-
-
-def seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def paired_steps(model: Any, case: Case, batch: int, steps: int, rng: random.Random) -> list[tuple[float, float]]:
@@ -193,23 +165,7 @@ class Row:
 
 
 def row_of(model: str, batch: int, what: str, case: str, pairs: Sequence[tuple[float, float]]) -> Row:
-    ratios = np.array([probed / bare for bare, probed in pairs])
-    resampled = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    first, third = np.quantile(ratios, [0.25, 0.75])
-    ms = 1000 * statistics.median(bare for bare, _ in pairs)
-    return Row(
-        model,
-        batch,
-        what,
-        case,
-        ms,
-        float(np.median(ratios)),
-        float(low),
-        float(high),
-        (float(first), float(third)),
-        len(ratios),
-    )
+    return Row(model, batch, what, case, **vars(paired(pairs)))
 
 
 def state_sizes() -> dict[str, int]:
@@ -268,13 +224,6 @@ def copies_to_host(model: Any) -> dict[str, int]:
                 step()
         counts[name] = sum(event.count for event in profiled.key_averages() if "DtoH" in event.key)
     return counts
-
-
-def device_name(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    found = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{(found or [platform.processor()])[0].strip()}, {torch.get_num_threads()} threads"
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -15,7 +15,6 @@ from lmprobe_tl.errors import InputError
 from lmprobe_tl.forward_batches import Batch, run_batches
 from lmprobe_tl.hook_points import HookPoints, end_of_sequence_ids, load_model, resolve_hook_points
 from lmprobe_tl.tokens import (
-    MAX_TOKENS_PER_BATCH,
     Prompt,
     Truncation,
     bos_id,
@@ -49,7 +48,7 @@ class ExtractedActivations:
 
 
 class _Settings(TypedDict, total=False):
-    max_tokens_per_batch: int
+    max_tokens_per_batch: int | None
     batch_size: int | None
     prepend_bos: bool | None
     include_bos: bool
@@ -85,7 +84,7 @@ def extract_activations(
     hook_points: HookPoints = "all",
     pooling: Strategy | list[Strategy] | tuple[Strategy, ...] = "last_token",
     *,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     batch_size: int | None = None,
     prepend_bos: bool | None = None,
     include_bos: bool = False,
@@ -98,7 +97,8 @@ def extract_activations(
     hook_points: see `resolve_hook_points`. pooling: 'last_token', 'first_token', 'mean', 'max', 'min', 'eos', 'all', or a
     callable `(activations, attention_mask) -> [batch d_model]`. A list of these gives a dictionary by name, from the same
     pass. Unless `include_bos`, BOS counts for 'last_token' and 'first_token' only, and a prompt needs another token.
-    max_tokens_per_batch: of one pass, pads included; prompts of similar length share one. batch_size: also at most so many
+    max_tokens_per_batch: of one pass, pads included; None is 1,024 on a CPU and 8,192 elsewhere. Prompts of similar length
+    share one. batch_size: also at most so many
     prompts. Beside the results, the unpooled activations of one layer and batch are the most that is in memory; a batch that
     does not fit is halved. Equal prompts are computed once.
     progress: None shows a bar on a terminal, True always, False never.

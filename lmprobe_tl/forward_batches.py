@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.hook_points import device_of, run_to_hook_points
-from lmprobe_tl.tokens import MAX_TOKENS_PER_BATCH, batches_by_length, bos_id, pad_id, pad_rows, without_bos
+from lmprobe_tl.tokens import batches_by_length, bos_id, pad_id, pad_rows, token_budget, without_bos
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def run_batches(
     hook_names: Sequence[str],
     keep: Keep[Kept],
     *,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     batch_size: int | None = None,
     sort_by_length: bool = True,
     padding_side: str = "right",
@@ -58,7 +58,8 @@ def run_batches(
     numbers: what errors call the rows' prompts; None: by the rows' own places.
     """
     lengths = [len(row) for row in rows]
-    waiting = deque(batches_by_length(lengths, batch_size, max_tokens=max_tokens_per_batch, sort=sort_by_length))
+    budget = token_budget(model, max_tokens_per_batch)
+    waiting = deque(batches_by_length(lengths, batch_size, max_tokens=budget, sort=sort_by_length))
     fits = float("inf")  # tokens of a batch, as far as is known
     device, bos, pad = device_of(model), bos_id(model), pad_id(model)
     hidden = None if progress is None else not progress

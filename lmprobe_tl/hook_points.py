@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmprobe_tl.errors import InputError, MonitorError, UnknownHookPointError
 from lmprobe_tl.forward_watch import ForwardCall as ForwardCall
@@ -223,8 +223,10 @@ class HookHandle:
 def add_hook(model: Any, hook_name: str, callback: Callable[[Tensor], None]) -> HookHandle:
     """Call `callback(activations [batch pos d_model])` whenever the hook point fires; the activations are left as they
     are."""
-    hook_point = model.hook_dict[hook_name]
+    return _add_hook(model.hook_dict[hook_name], callback)
 
+
+def _add_hook(hook_point: Any, callback: Callable[[Tensor], None]) -> HookHandle:
     def read_only(activations: Tensor, hook: Any) -> None:
         callback(activations)
 
@@ -236,8 +238,9 @@ def add_hook(model: Any, hook_name: str, callback: Callable[[Tensor], None]) -> 
 def hooks_on(model: Any, callbacks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Hooks that live as long as the block, also when it ends in an exception."""
     with ExitStack() as stack:
+        points = model.hook_dict  # made anew whenever it is asked for
         for hook_name, callback in callbacks.items():
-            stack.callback(add_hook(model, hook_name, callback).remove)
+            stack.callback(_add_hook(points[hook_name], callback).remove)
         yield
 
 
@@ -247,9 +250,7 @@ def hooks_on(model: Any, callbacks: Mapping[str, Callable[[Tensor], None]]) -> I
 @contextmanager
 def inference_mode(model: Any) -> Iterator[None]:
     """No gradients and no dropout; afterwards each module is in training mode or not, as it was."""
-    training = [
-        module for owner in (model, getattr(model, "original_model", model)) for module in owner.modules() if module.training
-    ]
+    training = [module for module in _modules_of(model, getattr(model, "original_model", model)) if module.training]
     try:
         for module in training:
             module.training = False
@@ -258,6 +259,18 @@ def inference_mode(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _modules_of(*owners: nn.Module) -> Iterator[nn.Module]:
+    """Each module once. `modules()` takes nine times as long, a millisecond, and this is done for every batch."""
+    waiting: list[nn.Module | None] = list(owners)
+    seen = set()
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            waiting.extend(module._modules.values())
+            yield module
 
 
 class _AllSeen(Exception):  # noqa: N818 (a signal, not an error)

@@ -36,7 +36,6 @@ from lmprobe_tl.probe_spec import TrainingRecord
 from lmprobe_tl.provenance import classifier_name, data_hash
 from lmprobe_tl.store_examples import StoreExamples, check_store_is_of
 from lmprobe_tl.tokens import (
-    MAX_TOKENS_PER_BATCH,
     Prompt,
     Truncation,
     bos_id,
@@ -91,7 +90,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         prepend_bos: bool | None = None,
         max_length: int | None = None,
         truncation: Truncation = None,
-        max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+        max_tokens_per_batch: int | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
         random_state: int | None = None,

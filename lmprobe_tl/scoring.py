@@ -19,7 +19,6 @@ from lmprobe_tl.live.watches import threshold_of
 from lmprobe_tl.monitor import Monitor
 from lmprobe_tl.probe_spec import ThresholdUnit
 from lmprobe_tl.tokens import (
-    MAX_TOKENS_PER_BATCH,
     Prompt,
     Truncation,
     batches_by_length,
@@ -28,6 +27,7 @@ from lmprobe_tl.tokens import (
     counted_lengths,
     pad_id,
     pad_rows,
+    token_budget,
     tokenize_prompts,
 )
 from lmprobe_tl.weights import ProbeWeights
@@ -55,7 +55,7 @@ def score_prompts(
     prompts: Sequence[Prompt],
     probes: Any,
     *,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     batch_size: int | None = None,
     prepend_bos: bool | None = None,
     max_length: int | None = None,
@@ -106,7 +106,7 @@ def sequence_maxima(
     probe: Any,
     *,
     unit: ThresholdUnit | None = None,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     batch_size: int | None = None,
     prepend_bos: bool | None = None,
     max_length: int | None = None,
@@ -175,7 +175,7 @@ def score_batches(
     probes: Sequence[ProbeWeights],
     read: Callable[[list[int], Monitor], None],
     *,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
     strict: bool = False,
@@ -190,7 +190,8 @@ def score_batches(
         attach_probes(model, list(probes), strict=strict) as monitor,
         tqdm(total=len(rows), desc="scores", unit="prompt", disable=hidden, leave=False) as bar,
     ):
-        for indices in batches_by_length([len(row) for row in rows], batch_size, max_tokens=max_tokens_per_batch):
+        budget = token_budget(model, max_tokens_per_batch)
+        for indices in batches_by_length([len(row) for row in rows], batch_size, max_tokens=budget):
             tokens, mask = pad_rows([rows[index] for index in indices], pad_token_id=pad_id(model), device=device_of(model))
             monitor.begin_run()
             run_to_hook_points(model, tokens, mask, dict.fromkeys(hook_names, _pass_by))

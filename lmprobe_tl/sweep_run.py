@@ -31,7 +31,6 @@ from lmprobe_tl.sweep_judge import SweepJudge
 from lmprobe_tl.sweep_result import SweepResult, SweepRow
 from lmprobe_tl.token_bag import make_token_bag
 from lmprobe_tl.tokens import (
-    MAX_TOKENS_PER_BATCH,
     Prompt,
     Truncation,
     check_prompts,
@@ -55,7 +54,7 @@ def sweep(
     include_bos: bool = False,
     max_length: int | None = None,
     truncation: Truncation = None,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     n_bootstrap: int = 200,
     confidence: float = 0.95,
     random_state: int | None = 0,

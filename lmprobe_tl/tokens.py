@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lmprobe_tl.errors import EmptyMaskError, InputError, PromptTooLongError
-from lmprobe_tl.hook_points import context_length, vocabulary_size
+from lmprobe_tl.hook_points import context_length, device_of, vocabulary_size
 from lmprobe_tl.probe_spec import TokenizerRecord
 
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
@@ -22,7 +22,11 @@ Prompt: TypeAlias = "str | Chat | Tensor | np.ndarray"
 Truncation: TypeAlias = Literal["left", "right"] | None
 
 _NAMED_ROWS = 8
-MAX_TOKENS_PER_BATCH = 4096  # pads included: enough to keep two cores or a small GPU busy
+# Enough for fast tokenizers to spread over the cores; of 20,000 at once they hold 76 MB beside the ids, and take longer.
+_TEXTS_AT_ONCE = 1024
+# Tokens of a batch, pads included. On two cores 4096 take 1.5 to 2 times as long: more pads, and activations that the caches
+# do not hold. Accelerators need more to be busy.
+TOKENS_ON_CPU, TOKENS_ON_ACCELERATOR = 1024, 8192
 
 
 def check_prompts(prompts: Any, *, first: int = 0) -> list[Prompt]:
@@ -183,8 +187,7 @@ def _token_ids(
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise InputError("this model has no tokenizer, so text cannot be its prompt; pass 1-D tensors of token ids.")
-    # All at once, which fast tokenizers spread over the cores. The length is checked here, against the model's own context.
-    encoded = tokenizer(list(texts.values()), add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = _encoded(tokenizer, list(texts.values()))
     bos = tokenizer.bos_token_id
     for (index, text), ids in zip(texts.items(), encoded, strict=True):
         if text.strip() and not ids:
@@ -195,6 +198,13 @@ def _token_ids(
         needs_bos = prepend and isinstance(prompts[index], str) and ids[:1] != [bos]  # a chat's template brings its own
         rows[index] = [bos, *ids] if needs_bos else list(ids)
     return rows
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
+    # The length is checked by the caller, against the model's own context; the mask is made of lengths.
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        yield from tokenizer(texts[start : start + _TEXTS_AT_ONCE], verbose=False, **options)["input_ids"]
 
 
 def _chat_text(model: Any, chat: Any, add_generation_prompt: bool) -> str:
@@ -263,7 +273,7 @@ def batches_by_length(
     lengths: Sequence[int],
     batch_size: int | None = None,
     *,
-    max_tokens: int = MAX_TOKENS_PER_BATCH,
+    max_tokens: int = TOKENS_ON_CPU,
     sort: bool = True,
 ) -> Iterator[list[int]]:
     """Indices of the rows in batches, longest first, so that rows of a batch need little padding and the largest comes
@@ -284,6 +294,13 @@ def batches_by_length(
         longest = grown
     if batch:
         yield batch
+
+
+def token_budget(model: Any, max_tokens_per_batch: int | None) -> int:
+    """The bound as given, or what suits the model's device."""
+    if max_tokens_per_batch is not None:
+        return max_tokens_per_batch
+    return TOKENS_ON_CPU if device_of(model).type == "cpu" else TOKENS_ON_ACCELERATOR
 
 
 def check_batching(batch_size: Any, max_tokens_per_batch: Any) -> None:

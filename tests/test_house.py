@@ -31,7 +31,7 @@ FLOORS = {
         "extraction",
         "compatibility",
     }
-    | {"weights_fingerprint", "store.writing", "store.merging"}
+    | {"weights_fingerprint", "store.writing", "store.shards", "store.merging"}
     | {"live", "live.records", "live.reduction", "live.watches", "live.scoring_plan", "live.history", "live.crossings"}
     | {"live.rows", "live.columns", "live.run", "live.events", "live.passes", "live.residual_basis"},
     4: {

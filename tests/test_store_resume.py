@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,17 @@ def test_parts_that_differ_are_named(llama: Tiny, parts: list[Path], tmp_path: P
         merge_stores(tmp_path / "merged", [*parts, tmp_path / "other"])
     with pytest.raises(StoreError, match=r"other/shard-00001\S+ and \S+part-1/shard-00001\S+ differ"):
         merge_stores(parts[1], [parts[0], tmp_path / "other", parts[2]])
+
+
+@pytest.mark.parametrize("change", [lambda texts: texts[::-1], lambda texts: [*texts[:-1], "something else"]])
+def test_parts_of_different_lists_of_prompts_are_told_apart(
+    llama: Tiny, parts: list[Path], tmp_path: Path, change: Callable[[list[Any]], list[Any]]
+) -> None:
+    """Their own prompts may be the same: it is the list that a process saw."""
+    extract_to_store(llama.bridge, change(PROMPTS), tmp_path / "other", **SETTINGS, shard=(1, 3))
+    with pytest.raises(StoreError, match=r"come from different lists of prompts; give every process the same list"):
+        merge_stores(tmp_path / "merged", [parts[0], tmp_path / "other", parts[2]])
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_part_under_a_wrong_number_is_named_and_nothing_is_written(parts: list[Path], tmp_path: Path) -> None:

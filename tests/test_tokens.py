@@ -13,6 +13,7 @@ from conftest import CHAT_TEMPLATE, WORDS, Tiny, build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmprobe_tl import tokens
 from lmprobe_tl.errors import EmptyMaskError, InputError, PromptTooLongError
 from lmprobe_tl.tokens import (
     batches_by_length,
@@ -135,6 +136,23 @@ def test_text_becomes_its_own_tokens_behind_one_bos(model: Any, words: list[int]
     rows = tokenize_prompts(make_model(n_ctx=None), [WORDS, "cat"])
     assert rows == [[BOS, *words], [BOS, *encode_by_hand(model, "cat")]]
     assert len(set(words)) > 15
+
+
+def test_many_texts_reach_the_tokenizer_a_part_at_a_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["cat", WORDS, torch.tensor([5, 6]), "dogs", "rain", "the cat", "sun", "music"]
+    at_once = tokenize_prompts(make_model(n_ctx=None), prompts)
+    monkeypatch.setattr(tokens, "_TEXTS_AT_ONCE", 3)
+    asked: list[int] = []
+
+    class Counting(type(model.tokenizer)):
+        def __call__(self, text: list[str], **options: Any) -> Any:
+            asked.append(len(text))
+            return super().__call__(text, **options)
+
+    counted = make_model(n_ctx=None, tokenizer=build_tokenizer())
+    counted.tokenizer.__class__ = Counting
+    assert tokenize_prompts(counted, prompts) == at_once
+    assert asked == [3, 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import typer
 
 from lmprobe_tl.cli.data_files import read_prompts
 from lmprobe_tl.cli.options import (
-    MAX_TOKENS_PER_BATCH,
     BatchOption,
     BosOption,
     ModelOption,
@@ -45,7 +44,7 @@ def calibrate(
     model: ModelOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Probe file to write; by default back into PROBE.")] = None,
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
-    max_tokens_per_batch: BatchOption = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: BatchOption = None,
     bos: BosOption = None,
 ) -> None:
     """Set the threshold of a probe file for live use, with a stated guarantee on false alarms."""

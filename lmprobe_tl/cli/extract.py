@@ -10,7 +10,6 @@ import typer
 
 from lmprobe_tl.cli.data_files import read_prompts
 from lmprobe_tl.cli.options import (
-    MAX_TOKENS_PER_BATCH,
     BatchOption,
     BosOption,
     ModelOption,
@@ -42,7 +41,7 @@ def extract(
         bool, typer.Option("--keep-tokens", help="Store the token ids too, from which the text can be read.")
     ] = False,
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
-    max_tokens_per_batch: BatchOption = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: BatchOption = None,
     bos: BosOption = None,
 ) -> None:
     """Write pooled activations of prompts to a folder, from which probes are fitted and layers compared."""

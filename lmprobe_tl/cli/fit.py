@@ -10,7 +10,6 @@ import typer
 
 from lmprobe_tl.cli.data_files import read_labelled
 from lmprobe_tl.cli.options import (
-    MAX_TOKENS_PER_BATCH,
     BatchOption,
     BosOption,
     ModelOption,
@@ -41,7 +40,7 @@ def fit(
     test_share: Annotated[
         float, typer.Option("--test-share", min=0, max=0.9, help="Share of the prompts held out to evaluate; 0 for none.")
     ] = 0.2,
-    max_tokens_per_batch: BatchOption = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: BatchOption = None,
     bos: BosOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the split and the classifier.")] = 0,
 ) -> None:

@@ -19,9 +19,9 @@ BosOption = Annotated[
     bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS; by default as the model (fit) or the probe file says.")
 ]
 BatchOption = Annotated[
-    int, typer.Option("--max-tokens-per-batch", min=1, help="Tokens in one forward pass, pads included.")
+    int | None,
+    typer.Option("--max-tokens-per-batch", min=1, help="Tokens in one forward pass, pads included: 1,024 on a CPU."),
 ]
-MAX_TOKENS_PER_BATCH = 4096  # as in `tokens`, which would import torch
 
 
 def load_or_demo(model: str | None) -> Any:

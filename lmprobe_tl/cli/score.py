@@ -9,7 +9,6 @@ import typer
 
 from lmprobe_tl.cli.data_files import read_prompts, write_records
 from lmprobe_tl.cli.options import (
-    MAX_TOKENS_PER_BATCH,
     BatchOption,
     BosOption,
     ModelOption,
@@ -31,7 +30,7 @@ def score(
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Add the logit of every token (JSONL).")] = False,
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
-    max_tokens_per_batch: BatchOption = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: BatchOption = None,
     bos: BosOption = None,
 ) -> None:
     """Score prompts with a probe file."""

@@ -9,7 +9,6 @@ import typer
 
 from lmprobe_tl.cli.data_files import read_labelled
 from lmprobe_tl.cli.options import (
-    MAX_TOKENS_PER_BATCH,
     BatchOption,
     BosOption,
     ModelOption,
@@ -50,7 +49,7 @@ def sweep(
     ] = None,
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
     label_column: Annotated[str, typer.Option("--label-column", help="Where the label stands.")] = "label",
-    max_tokens_per_batch: BatchOption = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: BatchOption = None,
     bos: BosOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the splits and the classifiers.")] = 0,
 ) -> None:

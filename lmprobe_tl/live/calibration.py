@@ -23,7 +23,7 @@ from lmprobe_tl.errors import CalibrationError, CalibrationWarning, InputError
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.probe_spec import ThresholdRecord
 from lmprobe_tl.scoring import live_unit, sequence_maxima
-from lmprobe_tl.tokens import MAX_TOKENS_PER_BATCH, Prompt, Truncation, check_prompts, row_digest
+from lmprobe_tl.tokens import Prompt, Truncation, check_prompts, row_digest
 from lmprobe_tl.weights import ProbeWeights
 
 ROUNDING = 1e-5  # of a float32 score, relative to its size if that is above 1, between one way of batching and another
@@ -40,7 +40,7 @@ def calibrate_probe(
     positive_prompts: Sequence[Prompt] | None = None,
     min_recall: float | None = None,
     probability: bool = False,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     batch_size: int | None = None,
     prepend_bos: bool | None = None,
     max_length: int | None = None,

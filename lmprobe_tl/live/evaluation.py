@@ -19,7 +19,7 @@ from lmprobe_tl.live.watches import threshold_of
 from lmprobe_tl.metrics import Interval, auroc, bootstrap_interval
 from lmprobe_tl.probe_spec import LIVE_METRIC_PREFIX, MetricRecord
 from lmprobe_tl.scoring import live_unit, prompt_rows
-from lmprobe_tl.tokens import MAX_TOKENS_PER_BATCH, Prompt, Truncation, check_prompts
+from lmprobe_tl.tokens import Prompt, Truncation, check_prompts
 from lmprobe_tl.weights import ProbeWeights
 
 
@@ -99,7 +99,7 @@ def evaluate_live(
     probes: Any,
     *,
     max_new_tokens: int = 0,
-    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
+    max_tokens_per_batch: int | None = None,
     batch_size: int | None = None,
     do_sample: bool = True,
     temperature: float = 1.0,

@@ -22,7 +22,15 @@ from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.monitor import Monitor
 from lmprobe_tl.reductions import make_online
 from lmprobe_tl.scoring import live_unit, score_batches
-from lmprobe_tl.tokens import Prompt, batches_by_length, bos_id, check_rows_count, tokenize_prompts, without_bos
+from lmprobe_tl.tokens import (
+    Prompt,
+    batches_by_length,
+    bos_id,
+    check_rows_count,
+    token_budget,
+    tokenize_prompts,
+    without_bos,
+)
 from lmprobe_tl.weights import ProbeWeights
 
 
@@ -104,7 +112,7 @@ def continued_texts(
     max_new_tokens: int,
     sampling: dict[str, Any],
     *,
-    max_tokens_per_batch: int,
+    max_tokens_per_batch: int | None,
     batch_size: int | None,
     progress: bool | None,
     strict: bool,
@@ -114,7 +122,7 @@ def continued_texts(
     hidden = None if progress is None else not progress
     with tqdm(total=len(rows), desc="generation", unit="prompt", disable=hidden, leave=False) as bar:
         lengths = [len(row) + max_new_tokens for row in rows]
-        for indices in batches_by_length(lengths, batch_size, max_tokens=max_tokens_per_batch):
+        for indices in batches_by_length(lengths, batch_size, max_tokens=token_budget(model, max_tokens_per_batch)):
             prompts = [np.array(rows[index], dtype=np.int64) for index in indices]
             results = monitored_generate(model, prompts, probes, max_new_tokens=max_new_tokens, strict=strict, **sampling)
             for weights in probes:

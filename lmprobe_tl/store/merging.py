@@ -13,7 +13,8 @@ from lmprobe_tl.activation_store import ActivationStore
 from lmprobe_tl.errors import InputError, StoreError
 from lmprobe_tl.files import TEMPORARY_SUFFIX
 from lmprobe_tl.store.record import MANIFEST, ShardRecord, read_manifest, read_shard_record, shard_path
-from lmprobe_tl.store.writing import claim, remove_leftovers, replaced_meanwhile, write_index
+from lmprobe_tl.store.shards import remove_leftovers, replaced_meanwhile, write_index
+from lmprobe_tl.store.writing import claim
 
 
 def merge_stores(path: str | Path, parts: Sequence[str | Path]) -> ActivationStore:
@@ -44,6 +45,13 @@ def merge_stores(path: str | Path, parts: Sequence[str | Path]) -> ActivationSto
                 if records.setdefault(shard, record) != record:
                     raise StoreError(f"{str(found[shard])!r} and {str(candidate)!r} differ; delete the wrong one of them.")
                 found.setdefault(shard, candidate)
+    lists = {record.prompts_sha256: found[shard] for shard, record in records.items()}
+    if len(lists) > 1:
+        one, other = list(lists.values())[:2]
+        raise StoreError(
+            f"{str(one)!r} and {str(other)!r} come from different lists of prompts; give every process the same list, in "
+            "the same order."
+        )
     missing = [shard for shard in range(manifest.n_shards) if shard not in found]
     if missing:
         raise StoreError(

@@ -109,13 +109,15 @@ class StoreManifest(Record):
 class ShardRecord(Record):
     """One shard: its prompts, how many of their tokens count, and checksums.
 
-    tokens_sha256: of the digests of all of its rows of token ids. sha256: by tensor name, of the tensor's bytes.
+    tokens_sha256: of the digests of all of its rows of token ids. prompts_sha256: of the whole list of prompts, as it was
+    when this shard was written. sha256: by tensor name, of the tensor's bytes.
     """
 
     start: int
     stop: int
     n_tokens: int
     tokens_sha256: str
+    prompts_sha256: str
     sha256: Mapping[str, str]
 
     @property
