@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -483,9 +484,18 @@ def test_score_with_a_model_of_ones_own(run: Run, llama: Tiny, tmp_path: Path) -
 # --- extract, merge ------------------------------------------------------------------------------------------------------
 
 
-def test_extract_writes_a_store_that_goes_on_where_it_stopped(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@contextmanager
+def passes() -> Iterator[list[int]]:
+    """Gets an entry for each forward pass of the embedded model."""
+    seen: list[int] = []
+    handle = embedded_model().blocks[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def test_extract_writes_a_store_that_goes_on_where_it_stopped(run: Run, tmp_path: Path) -> None:
     prompts, out = lines_of(tmp_path / "p.txt", TEXTS), tmp_path / "new" / "store"
     arguments = ["extract", prompts, "--out", out, "--hook-points", "1,-1", "--pooling", "mean, all", "--dtype", "float16"]
     said = run(*arguments, "--keep-tokens", "--no-bos", "--max-tokens-per-batch", 64).fine
@@ -499,8 +509,9 @@ def test_extract_writes_a_store_that_goes_on_where_it_stopped(
 
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (out / "index.json").unlink()
-    monkeypatch.setattr("lmprobe_tl.store.writing.extract_poolings", None)  # nothing is left to compute
-    assert run(*arguments, "--keep-tokens", "--no-bos", "--max-tokens-per-batch", 64).fine == said
+    with passes() as seen:
+        assert run(*arguments, "--keep-tokens", "--no-bos", "--max-tokens-per-batch", 64).fine == said
+    assert seen == [], "nothing was left to compute"
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     other = run(*arguments, "--no-bos", "--max-tokens-per-batch", 64)
     assert "holds another extraction; wanted is keeps_tokens: false, not true" in other.error
@@ -569,15 +580,15 @@ def test_sweep_says_what_the_library_finds_and_writes_what_is_asked_for(run: Run
     assert run("sweep", data, *options).fine == f"{result}\n"
 
 
-def test_sweep_with_a_store_computes_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_with_a_store_computes_once(run: Run, tmp_path: Path) -> None:
     arguments = ["sweep", jsonl(tmp_path / "d.jsonl", MANY, KINDS * 3), "--hook-points", "3", "--store", tmp_path / "store"]
     first = run(*arguments).fine
     assert ActivationStore(tmp_path / "store").n_prompts == len(MANY)
-    monkeypatch.setattr("lmprobe_tl.store.writing.extract_poolings", None)
-    assert run(*arguments).fine == first
-    monkeypatch.setattr("lmprobe_tl.sweep_run.extract_poolings", None)
-    with pytest.raises(TypeError):
-        run(*arguments[:-2])
+    with passes() as seen:
+        assert run(*arguments).fine == first
+        assert seen == []
+        assert run(*arguments[:-2]).fine == first
+        assert seen, "without the store the model does run"
 
 
 @pytest.mark.parametrize("command", ["fit", "sweep"])
