@@ -35,6 +35,7 @@ from lmprobe_tl.tokens import TOKENS_ON_CPU
 
 PROMPTS = {"demo": 96, "gpt2-small": 16}  # texts a round
 SHORT = 32  # tokens of the longest short text
+MEMORY_TOKENS = 16  # of the longest text whose memory is measured, so that 100,000 take minutes
 LMPROBE_WAYS = ("UnifiedCache, cold", "UnifiedCache, cached", "Probe's cache, cold", "without its cache")
 RARELY = 4  # comparisons that need no exact number are made in every so many rounds
 
@@ -186,7 +187,7 @@ def measure_model(name: str, n_prompts: int, rounds: int, skip_lmprobe: bool, sa
 
 def memory_rows(sizes: Sequence[int], tokenizer: Any, say: Callable[[str], None]) -> list[Memory]:
     """On the embedded model, whose own size does not hide what is measured."""
-    texts, rows = ragged_texts(tokenizer, 1000, longest=SHORT), []
+    texts, rows = ragged_texts(tokenizer, 1000, longest=MEMORY_TOKENS), []
     for what, layers, n_prompts in [
         *(("extract_to_store", layers, size) for size in sizes for layers in ("last", "all")),
         *(("extract_activations", layers, sizes[len(sizes) // 2]) for layers in ("last", "all")),
