@@ -265,7 +265,7 @@ def test_a_store_holds_no_text_unless_it_is_asked_to(llama: Tiny, tmp_path: Path
         ({"prompts": [*PROMPTS, PROMPTS[0]]}, "n_prompts: 9, not 8"),
         ({"max_length": 30}, "max_length: 30, not null"),
         ({"truncation": "left"}, 'truncation: "left", not null'),
-        ({"max_tokens_per_batch": 100}, "max_tokens_per_batch: 100, not 4096"),
+        ({"max_tokens_per_batch": 100}, "max_tokens_per_batch: 100, not 1024"),
         ({"batch_size": 8}, "batch_size: 8, not null"),
         ({"prompts_per_shard": 4}, "prompts_per_shard: 4, not 3"),
         ({"keep_tokens": True}, "keeps_tokens: true, not false"),
