@@ -279,19 +279,22 @@ def batches_by_length(
     """Indices of the rows in batches, longest first, so that rows of a batch need little padding and the largest comes
     first.
 
-    max_tokens: pads included, of one batch; a longer row is a batch of its own. batch_size: also at most so many rows.
+    max_tokens: pads included, of one batch; a longer row is a batch of its own. batch_size: also at most so many rows. A
+    sorted batch also ends before its pads are more than a sixteenth of max_tokens: rows of few prompts differ much in length.
     """
     check_batching(batch_size, max_tokens)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index]) if sort else list(range(len(lengths)))
     batch: list[int] = []
-    longest = 0
+    longest = real = 0
     for index in order:
         grown = max(longest, lengths[index])
-        if batch and (grown * (len(batch) + 1) > max_tokens or len(batch) == batch_size):
+        padded = grown * (len(batch) + 1)
+        wasteful = sort and padded - real - lengths[index] > max_tokens // 16
+        if batch and (padded > max_tokens or len(batch) == batch_size or wasteful):
             yield batch
-            batch, grown = [], lengths[index]
+            batch, grown, real = [], lengths[index], 0
         batch.append(index)
-        longest = grown
+        longest, real = grown, real + lengths[index]
     if batch:
         yield batch
 

@@ -47,8 +47,11 @@ from lmprobe_tl.tokens import (
 )
 from lmprobe_tl.weights_fingerprint import weights_sha256
 
-SHARD_BYTES = 32 * 2**20  # of a default shard: held in memory while it is made, lost when the process is killed
-_PROMPTS_PER_SHARD = range(64, 4097)  # by default; few would waste padding, many would lose much
+# Of a default shard, which is held in memory, about three times over, while it is made, and lost when the process is killed.
+SHARD_BYTES = 2 * 2**20
+_MOST_PROMPTS_PER_SHARD = 1024
+_FEWEST_PROMPTS_PER_SHARD = 128
+_BATCHES_PER_SHARD = 4  # at least, as fewer would be padded more
 _SAMPLED_PROMPTS = 256
 
 
@@ -104,7 +107,7 @@ def extract_to_store(
         prompts_per_shard = existing.prompts_per_shard
     if prompts_per_shard is None:
         prompts_per_shard = _default_prompts_per_shard(
-            model, prompts, len(names), poolings, dtype, n_workers, include_bos, tokenizing
+            model, prompts, len(names), poolings, dtype, n_workers, include_bos, max_tokens_per_batch, tokenizing
         )
     manifest = StoreManifest(
         n_prompts=len(prompts),
@@ -186,14 +189,18 @@ def _default_prompts_per_shard(
     dtype: StoreDtype,
     n_workers: int,
     include_bos: bool,
+    max_tokens_per_batch: int,
     tokenizing: dict[str, Any],
 ) -> int:
+    sample = [prompts[index] for index in range(min(len(prompts), _SAMPLED_PROMPTS))]
+    rows = tokenize_prompts(model, sample, **tokenizing)
     vectors = float(sum(pooling != "all" for pooling in poolings))
     if "all" in poolings:
-        sample = [prompts[index] for index in range(min(len(prompts), _SAMPLED_PROMPTS))]
-        vectors += float(np.mean(counted_lengths(tokenize_prompts(model, sample, **tokenizing), bos_id(model), include_bos)))
+        vectors += float(np.mean(counted_lengths(rows, bos_id(model), include_bos)))
     per_prompt = max(vectors, 1.0) * n_hook_points * width(model) * DTYPES[dtype].itemsize
-    fitting = int(np.clip(SHARD_BYTES / per_prompt, _PROMPTS_PER_SHARD[0], _PROMPTS_PER_SHARD[-1]))
+    busy = _BATCHES_PER_SHARD * max_tokens_per_batch / max(1.0, float(np.mean([len(row) for row in rows])))
+    fewest = max(_FEWEST_PROMPTS_PER_SHARD, int(busy))
+    fitting = int(np.clip(SHARD_BYTES / per_prompt, fewest, max(fewest, _MOST_PROMPTS_PER_SHARD)))
     return min(fitting, -(-len(prompts) // n_workers))
 
 
