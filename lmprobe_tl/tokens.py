@@ -280,7 +280,7 @@ def batches_by_length(
     first.
 
     max_tokens: pads included, of one batch; a longer row is a batch of its own. batch_size: also at most so many rows. A
-    sorted batch also ends before its pads are more than a sixteenth of max_tokens: rows of few prompts differ much in length.
+    sorted batch also ends before pads are more than a sixteenth of max_tokens: the lengths of few prompts differ much.
     """
     check_batching(batch_size, max_tokens)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index]) if sort else list(range(len(lengths)))
