@@ -484,14 +484,19 @@ def test_activations_that_are_not_finite_are_named(all_tiny: dict[str, Tiny], tm
 
 
 def test_the_default_shard_size_goes_by_bytes(llama: Tiny) -> None:
-    def default(n_prompts: int, n_hook_points: int, poolings: list[str], dtype: str, n_workers: int = 1) -> int:
+    def default(
+        n_prompts: int, n_hook_points: int, poolings: list[str], dtype: str, n_workers: int = 1, budget: int = 1024
+    ) -> int:
         prompts = [torch.arange(3, 53)] * n_prompts
-        return _default_prompts_per_shard(llama.bridge, prompts, n_hook_points, poolings, dtype, n_workers, False, {})
+        return _default_prompts_per_shard(
+            llama.bridge, prompts, n_hook_points, poolings, dtype, n_workers, False, budget, {}
+        )
 
-    assert default(10**5, 1, ["mean"], "float32") == 4096
-    assert default(10**5, 4, ["mean", "all"], "float32") == 32 * 2**20 // (51 * 4 * 32 * 4)
-    assert default(10**5, 4, ["mean", "all"], "bfloat16") == 32 * 2**20 // (51 * 4 * 32 * 2)
-    assert default(10**5, 10**4, ["all"], "float32") == 64
+    assert default(10**5, 1, ["mean"], "float32") == 1024
+    assert default(10**5, 2, ["mean", "all"], "float32") == 2 * 2**20 // (51 * 2 * 32 * 4)
+    assert default(10**5, 2, ["mean", "all"], "bfloat16") == 2 * 2**20 // (51 * 2 * 32 * 2)
+    assert default(10**5, 10**4, ["all"], "float32") == 128
+    assert default(10**5, 10**4, ["all"], "float32", budget=8192) == 4 * 8192 // 50  # four batches
     assert default(100, 1, ["mean"], "float32") == 100
     assert default(100, 1, ["mean"], "float32", n_workers=8) == 13
 
