@@ -224,6 +224,10 @@ class ActivationStore:
         layers = self.manifest.n_layers
         return f"blocks.{hook_point % layers if -layers <= hook_point < layers else hook_point}.hook_resid_post"
 
+    def check_complete(self) -> None:
+        """StoreError where shards are missing, or the index is not that of this store."""
+        _ = self.records
+
     def check_pooling(self, pooling: str | None) -> str:
         """The pooling, or the store's only one; InputError for one that it does not have."""
         if pooling is None and len(self.poolings) == 1:

@@ -208,7 +208,9 @@ class Probe(ClassifierMixin, BaseEstimator):
         model = load_model(self.model)
         names = resolve_hook_points(model, self.hook_points)
         # These raise before the model's weights are read.
-        store.hook_names(names), store.check_pooling(train), store.records
+        store.hook_names(names)
+        store.check_pooling(train)
+        store.check_complete()
         check_store_is_of(
             store,
             model,

@@ -24,8 +24,8 @@ Truncation: TypeAlias = Literal["left", "right"] | None
 _NAMED_ROWS = 8
 # Enough for fast tokenizers to spread over the cores; of 20,000 at once they hold 76 MB beside the ids, and take longer.
 _TEXTS_AT_ONCE = 1024
-# Tokens of a batch, pads included. On two cores 4096 take 1.5 to 2 times as long: more pads, and activations that the caches
-# do not hold. Accelerators need more to be busy.
+# Tokens of a batch, pads included. On two cores 2048 take as long, 4096 a tenth to a quarter longer, and both more memory.
+# Accelerators need more to be busy.
 TOKENS_ON_CPU, TOKENS_ON_ACCELERATOR = 1024, 8192
 
 

@@ -12,6 +12,7 @@ from lmprobe_tl.cli.data_files import read_prompts
 from lmprobe_tl.cli.options import (
     BatchOption,
     BosOption,
+    HookPointsOption,
     ModelOption,
     check_store_folder,
     load_or_demo,
@@ -27,9 +28,7 @@ def extract(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the activations; an interrupted run goes on there.")],
     model: ModelOption = None,
-    hook_points: Annotated[
-        str, typer.Option("--hook-points", help="A layer, a hook name, several with commas between, or 'all'.")
-    ] = "all",
+    hook_points: HookPointsOption = "all",
     pooling: Annotated[
         str, typer.Option("--pooling", help="One or several of last_token, mean, first_token, max, min, eos, all.")
     ] = "last_token",

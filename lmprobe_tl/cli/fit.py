@@ -12,6 +12,7 @@ from lmprobe_tl.cli.data_files import read_labelled
 from lmprobe_tl.cli.options import (
     BatchOption,
     BosOption,
+    HookPointsOption,
     ModelOption,
     check_folder_of,
     load_or_demo,
@@ -24,9 +25,7 @@ def fit(
     data: Annotated[Path, typer.Argument(help="Labelled prompts: .jsonl or .csv with a text and a label column.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Probe file to write (.safetensors).")],
     model: ModelOption = None,
-    hook_points: Annotated[
-        str, typer.Option("--hook-points", help="A layer, a hook name, several with commas between, or 'all'.")
-    ] = "-2",
+    hook_points: HookPointsOption = "-2",
     pooling: Annotated[str, typer.Option("--pooling", help="last_token, mean, first_token, eos or all.")] = "last_token",
     inference_pooling: Annotated[
         str | None, typer.Option("--inference-pooling", help="Another pooling for use, as score:max.")

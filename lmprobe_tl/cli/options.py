@@ -14,6 +14,9 @@ from lmprobe_tl.errors import InputError
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Name or local folder of a model; without it, the embedded demo model.")
 ]
+HookPointsOption = Annotated[
+    str, typer.Option("--hook-points", help="A layer, a hook name, several with commas between, or 'all'.")
+]
 ProbeArgument = Annotated[Path, typer.Argument(help="A probe file (.safetensors).")]
 BosOption = Annotated[
     bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS; by default as the model (fit) or the probe file says.")

@@ -11,6 +11,7 @@ from lmprobe_tl.cli.data_files import read_labelled
 from lmprobe_tl.cli.options import (
     BatchOption,
     BosOption,
+    HookPointsOption,
     ModelOption,
     check_folder_of,
     check_store_folder,
@@ -27,9 +28,7 @@ def sweep(
     table: Annotated[Path | None, typer.Option("--table", help="File for all combinations (.csv).")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Picture of AUROC by layer (.png, .svg or .pdf).")] = None,
     model: ModelOption = None,
-    hook_points: Annotated[
-        str, typer.Option("--hook-points", help="A layer, a hook name, several with commas between, or 'all'.")
-    ] = "all",
+    hook_points: HookPointsOption = "all",
     pooling: Annotated[
         str, typer.Option("--pooling", help="One or several of last_token, mean, first_token, eos; or all, alone.")
     ] = "last_token,mean",

@@ -47,7 +47,7 @@ from lmprobe_tl.tokens import (
 )
 from lmprobe_tl.weights_fingerprint import weights_sha256
 
-# Of a default shard, which is held in memory, about three times over, while it is made, and lost when the process is killed.
+# Of a default shard, which is held in memory while it is made, as tensors and as bytes, and lost when the process is killed.
 SHARD_BYTES = 2 * 2**20
 _MOST_PROMPTS_PER_SHARD = 1024
 _FEWEST_PROMPTS_PER_SHARD = 128
