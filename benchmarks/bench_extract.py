@@ -237,6 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "workload": {},
         "memory": [],
     }
+
+    def keep() -> None:
+        """What is measured so far: a run that is ended early leaves it."""
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
     for name in options.models:
         found = measure_model(name, options.prompts or PROMPTS[name], options.rounds, options.skip_lmprobe, say)
         print(markdown(found["rows"]), flush=True)
@@ -245,13 +250,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["store"].append(asdict(found["store"]))
         result["lmprobe"][name] = found["lmprobe"]
         result["workload"][name] = {"prompts": found["n_prompts"], "padding": found["padding"]}
+        keep()
     if not options.skip_memory:
         memory = memory_rows(options.memory_prompts, MODELS["demo"]().tokenizer, say)
         peaks = np.array([row.peak_mib for row in memory if row.what == "extract_to_store"])
         result["memory"] = list(map(asdict, memory))
         result["store_peak_spread"] = float((peaks.max() - peaks.min()) / peaks.min())
         print(f"peaks of extract_to_store differ by {result['store_peak_spread']:.1%}")
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+        keep()
     say(f"kept in {options.out}")
 
 

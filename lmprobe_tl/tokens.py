@@ -22,8 +22,8 @@ Prompt: TypeAlias = "str | Chat | Tensor | np.ndarray"
 Truncation: TypeAlias = Literal["left", "right"] | None
 
 _NAMED_ROWS = 8
-# Enough for fast tokenizers to spread over the cores; of 20,000 at once they hold 76 MB beside the ids, and take longer.
-_TEXTS_AT_ONCE = 1024
+# Enough for fast tokenizers to spread over the cores; of 20,000 at once they hold 76 MB beside the ids, and are no faster.
+_TEXTS_AT_ONCE = 256
 # Tokens of a batch, pads included. On two cores 2048 take as long, 4096 a tenth to a quarter longer, and both more memory.
 # Accelerators need more to be busy.
 TOKENS_ON_CPU, TOKENS_ON_ACCELERATOR = 1024, 8192
