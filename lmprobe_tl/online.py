@@ -49,14 +49,15 @@ class OnlineReduction:
         device = torch.device(device)
         self._n_rows, self._n_probes = n_rows, n_probes
         with torch.inference_mode(False):  # made in inference mode, the state could not be written to outside of it
-            zero = torch.zeros(n_rows, 1, n_probes, dtype=dtype or wide_dtype(device), device=device)
-            self._nothing = zero.new_zeros(1, 1, 1)  # with axes, so that scores next to it are widened to its dtype
+            self._dtype, self._start = dtype or wide_dtype(device), start
+            # with axes, so that scores next to it are widened to its dtype
+            self._nothing = torch.zeros(1, 1, 1, dtype=self._dtype, device=device)
             self._nan = torch.full((), torch.nan, dtype=torch.float32, device=device)
             self._seen = torch.zeros(n_rows, 1, 1, dtype=torch.int64, device=device)
-            self._state = start(zero, *arguments)
-        self._step, self._arguments = step, arguments
+            self._step, self._arguments = step, arguments
+            self._state = self._fresh(n_rows)
         # A step that turns a window round costs as much as the window is long, so a block is no shorter.
-        state_length = self.state_bytes // zero.element_size()
+        state_length = self.state_bytes // self._nothing.element_size()
         self._block = max(BLOCK_SCORES // max(1, n_rows * n_probes), state_length, 1)
 
     @property
@@ -73,10 +74,40 @@ class OnlineReduction:
         value before it; NaN where nothing has counted yet.
         Raises InputError for a wrong shape or dtype.
         """
-        self._check(scores, counted)
+        self._check(scores, counted, self._n_rows)
         if scores.requires_grad:
             scores = scores.detach()  # a graph kept in the state would grow with every token
-        counts = counted.unsqueeze(2)
+        return self._update(scores, counted.unsqueeze(2))
+
+    def update_rows(self, rows: Tensor, scores: Tensor, counted: Tensor) -> Tensor:
+        """`update` of some rows, all different, while the others wait: rows [batch] int64, the rest as there."""
+        self._check(scores, counted, len(rows))
+        every = self._seen, self._state
+        self._seen, self._state = self._seen[rows], tuple(part[rows] for part in self._state)
+        try:
+            running = self._update(scores.detach(), counted.unsqueeze(2))
+            seen, state = self._seen, self._state
+        finally:
+            self._seen, self._state = every
+        self._seen[rows] = seen
+        for part, new in zip(self._state, state, strict=True):
+            part[rows] = new
+        return running
+
+    def reset_rows(self, rows: Tensor) -> None:
+        """Let these rows [batch] int64 begin anew, as if they had seen nothing."""
+        self._seen[rows] = 0
+        for part, fresh in zip(self._state, self._fresh(len(rows)), strict=True):
+            part[rows] = fresh
+
+    def grow(self, n_rows: int) -> None:
+        """Have `n_rows` rows in all; those that are there keep their state."""
+        more = n_rows - self._n_rows
+        self._seen = torch.cat([self._seen, self._seen.new_zeros(more, 1, 1)])
+        self._state = tuple(torch.cat(parts) for parts in zip(self._state, self._fresh(more), strict=True))
+        self._n_rows = n_rows
+
+    def _update(self, scores: Tensor, counts: Tensor) -> Tensor:
         new = scores.shape[1]
         if new == 1:
             return self._advance(scores, counts, self._seen + counts)
@@ -90,6 +121,12 @@ class OnlineReduction:
             self._seen, self._state = self._seen.clone(), tuple(part.clone() for part in self._state)
         return running
 
+    def _fresh(self, n_rows: int) -> Items:
+        """The state of rows that have seen nothing."""
+        zero = torch.zeros(n_rows, 1, self._n_probes, dtype=self._dtype, device=self._nothing.device)
+        # copies, since a start may hand out one tensor twice, and rows are written into one by one
+        return tuple(part.clone() for part in self._start(zero, *self._arguments))
+
     def _advance(self, scores: Tensor, counts: Tensor, seen: Tensor) -> Tensor:
         z = torch.where(counts, scores, self._nothing)
         running, self._state = self._step(self._state, z, counts, seen, *self._arguments)
@@ -98,8 +135,8 @@ class OnlineReduction:
         narrow = running if running.dtype == torch.float32 else running.float()
         return torch.where(seen > 0, narrow, self._nan)
 
-    def _check(self, scores: Tensor, counted: Tensor) -> None:
-        rows, probes, shape = self._n_rows, self._n_probes, scores.shape
+    def _check(self, scores: Tensor, counted: Tensor, rows: int) -> None:
+        probes, shape = self._n_probes, scores.shape
         if len(shape) != 3 or shape[0] != rows or shape[2] != probes or not scores.is_floating_point():
             raise InputError(
                 f"scores must be floats [batch new n_probes] with batch={rows} and n_probes={probes}, "
