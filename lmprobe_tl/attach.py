@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from lmprobe_tl.compatibility import as_probes, check_compatible
+from lmprobe_tl.compatibility import check_compatible
 from lmprobe_tl.errors import InputError, MonitorError
+from lmprobe_tl.given_probes import as_probes
 from lmprobe_tl.hook_points import ForwardWatch, load_model
 from lmprobe_tl.live.records import Escalate, OnCrossing, OnToken
 from lmprobe_tl.live.rows import row_ends

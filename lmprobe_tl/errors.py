@@ -10,6 +10,7 @@ LmprobeError
 |- ProbeFileError (ValueError)             a probe file that cannot be read or written
 |- StoreError (ValueError)                 an activation store that is damaged, incomplete, or of other data
 |- IncompatibleProbeError (ValueError)     a probe that cannot score this model
+|- EngineError (RuntimeError)              a serving engine that cannot run probes as it is set up, or its version
 `- MonitorError (RuntimeError)             live scores that would be missing or wrong
     `- ProbeNeverFiredError                a probe whose hook points saw no activation
 
@@ -69,6 +70,10 @@ class StoreError(LmprobeError, ValueError):
 
 class IncompatibleProbeError(LmprobeError, ValueError):
     """A probe that cannot score this model: another width, layer count, or residual basis."""
+
+
+class EngineError(LmprobeError, RuntimeError):
+    """A serving engine that cannot run probes: a version, a model or a setting that is not supported."""
 
 
 class MonitorError(LmprobeError, RuntimeError):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lmprobe_tl.attach import attach_probes
-from lmprobe_tl.compatibility import as_probes, recorded_prepend_bos
 from lmprobe_tl.errors import InputError, PromptTooLongError
 from lmprobe_tl.generate_call import generate_without_mask, ignores
+from lmprobe_tl.given_probes import as_probes, recorded_prepend_bos
 from lmprobe_tl.hook_points import context_length, device_of, end_of_sequence_ids, forward_once, inference_mode, load_model
 from lmprobe_tl.live.records import Alarm, Escalate, OnCrossing, OnToken, first_alarms, verdicts_of
 from lmprobe_tl.live.run import LiveRun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -71,6 +72,16 @@ def load_probe(path: str | os.PathLike[str]) -> ProbeWeights:
         raise ProbeFileError(f"Cannot load probe {str(path)!r}: {error}") from error
 
 
+def probe_to_bytes(weights: ProbeWeights) -> bytes:
+    """The content of the probe's file, for another process or machine."""
+    return _serialised(weights)
+
+
+def probe_from_bytes(payload: bytes) -> ProbeWeights:
+    """The probe of a file's content. ProbeFileError says what is wrong with it."""
+    return _read(io.BytesIO(payload))
+
+
 def _serialised(weights: ProbeWeights) -> bytes:
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "spec": weights.spec.to_dict()}
     tensors = {"probe.direction": weights.direction, "probe.intercept": weights.intercept}
@@ -90,14 +101,18 @@ def _load(path: Path) -> ProbeWeights:
     if path.exists() and not path.is_file():
         raise ProbeFileError("it is a device or a pipe, not a regular file.")
     with open(path, "rb") as file:
-        header = _read_header(file)
-        spec = _read_spec(header)
-        numbers = _check_tensors(header, spec)
-        expected_bytes = file.tell() + 4 * numbers
-        if expected_bytes > MAX_FILE_BYTES:
-            raise ProbeFileError(f"it announces {expected_bytes} bytes; the limit is {MAX_FILE_BYTES}. {_DAMAGED}")
-        file.seek(0)
-        payload = file.read(expected_bytes + 1)
+        return _read(file)
+
+
+def _read(file: BinaryIO) -> ProbeWeights:
+    header = _read_header(file)
+    spec = _read_spec(header)
+    numbers = _check_tensors(header, spec)
+    expected_bytes = file.tell() + 4 * numbers
+    if expected_bytes > MAX_FILE_BYTES:
+        raise ProbeFileError(f"it announces {expected_bytes} bytes; the limit is {MAX_FILE_BYTES}. {_DAMAGED}")
+    file.seek(0)
+    payload = file.read(expected_bytes + 1)
     if len(payload) != expected_bytes:
         found = f"only {len(payload)}" if len(payload) < expected_bytes else "more"
         raise ProbeFileError(f"it announces {expected_bytes} bytes but has {found}. {_DAMAGED}")

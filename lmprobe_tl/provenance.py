@@ -33,3 +33,12 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def vocabulary_fingerprint(tokenizer: Any) -> str:
+    """Of the tokens and their ids."""
+    return text_fingerprint(json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))))
+
+
+def text_fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lmprobe_tl.attach import attach_probes
-from lmprobe_tl.compatibility import as_probes, as_weights, recorded_prepend_bos
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.given_probes import as_probes, as_weights, recorded_prepend_bos
 from lmprobe_tl.hook_points import device_of, load_model, run_to_hook_points
 from lmprobe_tl.live.reduction import live_reduction
 from lmprobe_tl.live.watches import threshold_of

@@ -16,6 +16,7 @@ from torch import Tensor
 from lmprobe_tl.errors import EmptyMaskError, InputError, PromptTooLongError
 from lmprobe_tl.hook_points import context_length, device_of, vocabulary_size
 from lmprobe_tl.probe_spec import TokenizerRecord
+from lmprobe_tl.provenance import text_fingerprint, vocabulary_fingerprint
 
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = "str | Chat | Tensor | np.ndarray"
@@ -330,13 +331,8 @@ def tokenizer_record(model: Any, prepend_bos: bool | None) -> TokenizerRecord:
     if tokenizer is None:
         return TokenizerRecord(fingerprint=None, prepend_bos=False, chat_template_fingerprint=None)
     template = getattr(tokenizer, "chat_template", None)
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
     return TokenizerRecord(
-        fingerprint=_fingerprint(vocabulary),
+        fingerprint=vocabulary_fingerprint(tokenizer),
         prepend_bos=use_bos(model, prepend_bos),
-        chat_template_fingerprint=_fingerprint(json.dumps(template, sort_keys=True)) if template else None,
+        chat_template_fingerprint=text_fingerprint(json.dumps(template, sort_keys=True)) if template else None,
     )
-
-
-def _fingerprint(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,8 +18,8 @@ from lmprobe_tl.calibration import (
     recall_at_threshold,
     threshold_rank,
 )
-from lmprobe_tl.compatibility import as_weights
 from lmprobe_tl.errors import CalibrationError, CalibrationWarning, InputError
+from lmprobe_tl.given_probes import as_weights
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.probe_spec import ThresholdRecord
 from lmprobe_tl.scoring import live_unit, sequence_maxima

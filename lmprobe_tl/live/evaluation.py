@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmprobe_tl.calibration import clopper_pearson
-from lmprobe_tl.compatibility import as_probes, recorded_prepend_bos
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.given_probes import as_probes, recorded_prepend_bos
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.labels import check_labels
 from lmprobe_tl.live.sequences import LiveSequence, continued_texts, rows_to_continue, whole_texts

@@ -1,0 +1,288 @@
+"""All that this package knows of vLLM's insides. When vLLM changes, this is the file to repair.
+
+Validated with the versions from OLDEST to below NEXT. What is read: the worker classes, the modules of decoder models, the
+scheduler's output, the order of requests in a batch of either model runner, the groups of the KV cache, the sampled tokens
+of a step, and how request ids are extended.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import vllm
+from torch import Tensor, nn
+
+from lmprobe_tl.errors import EngineError
+
+OLDEST, NEXT = (0, 32), (0, 34)
+
+
+def check_version() -> None:
+    """EngineError for a vLLM that this file was not written for."""
+    found = tuple(int(part) for part in re.findall(r"\d+", vllm.__version__)[:2])
+    if not OLDEST <= found < NEXT:
+        low, high = (".".join(map(str, one)) for one in (OLDEST, NEXT))
+        raise EngineError(f"vLLM is {vllm.__version__}; probes run inside vllm>={low},<{high}. Install one of these.")
+
+
+def worker_base() -> type[Any]:
+    """The worker class of this machine's platform."""
+    check_version()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker
+
+
+def refuse_unsupported(config: Any) -> None:
+    """EngineError naming a setting of the engine under which scores would be missing or wrong."""
+    parallel = config.parallel_config
+    passes = config.compilation_config.pass_config
+    refused = {
+        "speculative decoding (speculative_config)": config.speculative_config is not None,
+        "a KV connector (kv_transfer_config), which fills the cache without a forward pass": config.kv_transfer_config
+        is not None,
+        "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
+        "data parallelism in one engine (data_parallel_size)": parallel.data_parallel_size > 1,
+        "micro-batches (enable_dbo, ubatch_size)": bool(parallel.use_ubatching),
+        "sequence parallelism (pass_config.enable_sp)": bool(getattr(passes, "enable_sp", False)),
+        f"the runner {config.model_config.runner_type!r}": config.model_config.runner_type != "generate",
+    }
+    for what, is_set in refused.items():
+        if is_set:
+            raise EngineError(f"probes do not run in an engine with {what}: their scores would be wrong. Start it without.")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of an engine: width of the residual stream, layers, and the most tokens that one forward pass has, pads included."""
+
+    d_model: int
+    n_layers: int
+    max_tokens: int
+    dtype: torch.dtype
+    bos_token_id: int | None
+
+
+def sizes_of(config: Any) -> Sizes:
+    scheduler, model = config.scheduler_config, config.model_config
+    captured = getattr(config.compilation_config, "max_cudagraph_capture_size", None) or 0
+    return Sizes(
+        d_model=model.get_hidden_size(),
+        n_layers=model.get_total_num_hidden_layers(),
+        max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, captured),
+        dtype=model.dtype,
+        bos_token_id=getattr(model.hf_text_config, "bos_token_id", None),
+    )
+
+
+# --- the model ---------------------------------------------------------------------------------------------------------
+
+
+def decoder_layers(model: nn.Module, n_layers: int) -> dict[int, nn.Module]:
+    """The decoder's blocks by index, of this pipeline stage alone. EngineError where they cannot be told."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    text = model.get_language_model() if hasattr(model, "get_language_model") else model
+    lists = [module for module in text.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
+    blocks = [found for found in lists if any(_is_block(layer) for layer in found)]
+    if len(blocks) != 1:
+        raise EngineError(
+            f"the {n_layers} decoder blocks of {type(model).__name__} cannot be told from its other modules ({len(blocks)} "
+            "lists of modules could be them), so no probe can be installed. Supported are standard decoder stacks: Llama, "
+            "Qwen, Mistral, Gemma, GPT-2 and their kin."
+        )
+    return {index: layer for index, layer in enumerate(blocks[0]) if not isinstance(layer, PPMissingLayer)}
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether the module computes on hidden states, as a block does and a list of norms does not."""
+    return "hidden_states" in inspect.signature(module.forward).parameters
+
+
+def input_reader(layer: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
+    """Finds the residual stream among a block's arguments, for the first block, which nothing has been added to."""
+    place = list(inspect.signature(layer.forward).parameters).index("hidden_states")
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return kwargs["hidden_states"] if "hidden_states" in kwargs else args[place]
+
+    return read
+
+
+# --- a step ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NewRequest:
+    """A request on its first step, or one that begins anew after it was pushed out of the KV cache.
+
+    n_cached: positions that the prefix cache serves. options: what the client asked of the worker (`extra_args`).
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    n_cached: int
+    blocks: Sequence[Sequence[int]]
+    options: Mapping[str, Any]
+    eos_token_id: int | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the scheduler asks of a worker. counts, starts: new tokens of each request, and the position of the first.
+
+    resumed: blocks and cached positions of requests that come back. grown: new blocks. copies: (from, to) of blocks.
+    """
+
+    n_tokens: int
+    counts: Mapping[str, int]
+    starts: Mapping[str, int]
+    new: Sequence[NewRequest]
+    resumed: Sequence[tuple[str, Sequence[Sequence[int]], int]]
+    grown: Sequence[tuple[str, Sequence[Sequence[int]]]]
+    finished: Sequence[str]
+    copies: Sequence[tuple[int, int]]
+
+
+def step_of(output: Any) -> Step:
+    cached = output.scheduled_cached_reqs
+    starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    resumed, grown = [], []
+    for request_id, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+        if request_id in cached.resumed_req_ids:
+            resumed.append((request_id, blocks, computed))
+        elif blocks is not None:
+            grown.append((request_id, blocks))
+    new = [_new_request(data) for data in output.scheduled_new_reqs]
+    starts.update({one.request_id: one.n_cached for one in new})
+    copies = [(copy.src_block_id, copy.dst_block_id) for copy in getattr(output, "kv_cache_block_copies", None) or ()]
+    return Step(
+        output.total_num_scheduled_tokens,
+        output.num_scheduled_tokens,
+        starts,
+        new,
+        resumed,
+        grown,
+        list(output.finished_req_ids),
+        copies,
+    )
+
+
+def _new_request(data: Any) -> NewRequest:
+    params = data.sampling_params
+    return NewRequest(
+        data.req_id,
+        data.prompt_token_ids or (),
+        data.num_computed_tokens,
+        data.block_ids,
+        getattr(params, "extra_args", None) or {},
+        getattr(params, "eos_token_id", None),
+    )
+
+
+def batch_order(runner: Any) -> list[str]:
+    """Requests in the order of their tokens in the forward pass that was just run."""
+    state = getattr(runner, "execute_model_state", None)
+    batch = getattr(state, "input_batch", None)  # of the second runner; the first keeps one for good
+    if batch is None:
+        batch = runner.input_batch
+    return list(batch.req_ids)
+
+
+def end_requests(output: Any, ends: Mapping[str, int]) -> Any:
+    """The same output of a step, in which the named requests sampled the given tokens, which end them."""
+    for request_id, token in ends.items():
+        index = output.req_id_to_index.get(request_id)
+        if index is not None and index < len(output.sampled_token_ids) and len(output.sampled_token_ids[index]):
+            output.sampled_token_ids[index] = [token]
+    return output
+
+
+def is_pending(output: Any) -> bool:
+    """Whether a step's output is still on the device (async scheduling)."""
+    from vllm.v1.outputs import AsyncModelRunnerOutput
+
+    return isinstance(output, AsyncModelRunnerOutput)
+
+
+def pending_output(inner: Any, finish: Callable[[Any], Any]) -> Any:
+    """`inner`, an output still on the device, with `finish` applied once it has arrived."""
+    from vllm.v1.outputs import AsyncModelRunnerOutput
+
+    class Finished(AsyncModelRunnerOutput):
+        def get_output(self) -> Any:
+            return finish(inner.get_output())
+
+    return Finished()
+
+
+# --- the KV cache, ranks and names -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The group of layers whose blocks hold every token of a request as long as it runs."""
+
+    group: int
+    block_size: int
+    n_blocks: int
+
+
+def cache_layout(kv_cache_config: Any) -> CacheLayout | None:
+    """None for a model without full attention, whose cache forgets early tokens."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
+
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+        spec = group.kv_cache_spec
+        inner = next(iter(spec.kv_cache_specs.values())) if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+        if isinstance(inner, FullAttentionSpec) and not getattr(group, "is_eagle_group", False):
+            return CacheLayout(index, spec.block_size, kv_cache_config.num_blocks)
+    return None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Of this worker: tensor and pipeline rank, and whether it is on the last pipeline stage."""
+
+    tensor: int
+    pipeline: int
+    is_last_stage: bool
+
+
+def ranks() -> Ranks:
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    pipeline = get_pp_group()
+    return Ranks(get_tp_group().rank_in_group, pipeline.rank_in_group, pipeline.is_last_rank)
+
+
+def matching_requests(request_ids: Sequence[str], wanted: str, n: int) -> Iterator[tuple[int, str]]:
+    """(index of the completion, internal id) of a request that the client calls `wanted`, of n completions.
+
+    vLLM adds eight hex digits, and before them the number of the completion where there are several.
+    """
+    prefix = r"(\d+)_" if n > 1 else "()"
+    pattern = re.compile(rf"{prefix}{re.escape(wanted)}-[0-9a-f]{{8}}")
+    for request_id in request_ids:
+        found = pattern.fullmatch(request_id)
+        if found is not None:
+            yield int(found[1] or 0), request_id
+
+
+def shut_down(llm: Any) -> None:
+    """Stop an offline engine, in this process or its own, and let go of its memory and groups."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()

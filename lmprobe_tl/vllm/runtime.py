@@ -1,0 +1,229 @@
+"""A worker's probes at work: rows of a forward pass to requests and positions, their scores, running scores and alarms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lmprobe_tl.errors import EngineError
+from lmprobe_tl.live.scoring_plan import ScoringPlan
+from lmprobe_tl.vllm._compat import CacheLayout, NewRequest, Step
+from lmprobe_tl.vllm.pages import Pages
+from lmprobe_tl.vllm.running import Crossing, RunningScores
+from lmprobe_tl.vllm.slots import SlotCache
+
+WANTS_SCORES, WANTS_STOP = "probe_scores", "probe_stop"  # keys of a request's extra_args, each true or false
+_MOST_FINISHED = 100_000  # requests whose scores nobody has fetched
+
+
+@dataclass
+class OpenRequest:
+    """A request that has a row. done: positions that its running scores have taken in; seen: positions computed so far;
+    cached: positions that the prefix cache serves, until their scores are copied; end_token: what ends it at an alarm."""
+
+    request_id: str
+    row: int
+    has_bos: bool
+    end_token: int | None
+    done: int = 0
+    seen: int = 0
+    cached: int = 0
+
+
+@dataclass(frozen=True)
+class RequestScores:
+    """Of one request: logits and values of the online reductions [n n_columns], position by position from `start`, NaN where
+    unknown; and its crossings so far."""
+
+    request_id: str
+    start: int
+    logits: np.ndarray
+    values: np.ndarray
+    crossings: tuple[Crossing, ...]
+
+
+@dataclass
+class ScoreBook:
+    """The scores of all requests of an engine, from the steps that it runs.
+
+    Fed in order: `begin_step` with what is scheduled, `end_step` with the logits of its tokens. cache: None for an engine
+    whose cache does not hold every token; scores of tokens that it serves are then unknown.
+    """
+
+    plan: ScoringPlan
+    layout: CacheLayout | None
+    bos_token_id: int | None
+    keep_finished: bool = True
+    n_scored: int = 0
+    n_unknown: int = 0
+    n_alarms: int = 0
+    _requests: dict[str, OpenRequest] = field(default_factory=dict)
+    _finished: dict[str, RequestScores] = field(default_factory=dict)
+    _ends: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = self.plan.n_columns
+        self._pages = Pages(2 * n)  # logits, then values of the online reductions
+        self._running = RunningScores(self.plan)
+        self._slots = None if self.layout is None else SlotCache(self.layout.n_blocks, self.layout.block_size, n)
+        self._free_rows: list[int] = []
+        self._n_rows = 0
+
+    # --- steps ---
+
+    def begin_step(self, step: Step) -> None:
+        for request_id in step.finished:
+            self._finish(request_id)
+        for source, target in step.copies if self._slots is not None else ():
+            self._slots.copy_block(source, target)  # type: ignore[union-attr]
+        for new in step.new:
+            self._take_blocks(self._requests.get(new.request_id) or self._open(new), new.blocks, new.n_cached)
+        for request_id, blocks, n_cached in step.resumed:
+            if request_id in self._requests:
+                self._take_blocks(self._requests[request_id], blocks, n_cached)
+        for request_id, blocks in step.grown if self.layout is not None else ():
+            if request_id in self._requests:
+                self._slots.add_blocks(self._requests[request_id].row, blocks[self.layout.group])  # type: ignore
+
+    def end_step(self, step: Step, order: Sequence[str], logits: np.ndarray) -> list[OpenRequest]:
+        """logits: [n_tokens n_columns] of the step's tokens, request after request as in `order`. Returns the requests that
+        got scores."""
+        counts = np.fromiter((step.counts[name] for name in order), dtype=np.int64, count=len(order))
+        if counts.sum() != len(logits):
+            raise EngineError(f"a step had {len(logits)} tokens, but its requests {counts.sum()}: whose are they?")
+        starts = np.fromiter((step.starts[name] for name in order), dtype=np.int64, count=len(order))
+        requests = [self._requests.get(name) for name in order]
+        if None in requests:  # opened before the probes were
+            kept = np.array([request is not None for request in requests], dtype=bool)
+            logits = logits[np.repeat(kept, counts)]
+            counts, starts = counts[kept], starts[kept]
+        known: list[OpenRequest] = [request for request in requests if request is not None]
+        if not known:
+            return []
+        rows = np.fromiter((request.row for request in known), dtype=np.int64, count=len(known))
+        token_rows = np.repeat(rows, counts)
+        positions = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(len(logits))
+        if self._slots is not None:
+            self._slots.write(token_rows, positions, logits)
+        self._score(known, rows, counts, starts, positions, token_rows, logits)
+        return known
+
+    def _score(
+        self,
+        requests: list[OpenRequest],
+        rows: np.ndarray,
+        counts: np.ndarray,
+        starts: np.ndarray,
+        positions: np.ndarray,
+        token_rows: np.ndarray,
+        logits: np.ndarray,
+    ) -> None:
+        done = np.fromiter((request.done for request in requests), dtype=np.int64, count=len(requests))
+        if (counts == 1).all() and (starts == done).all():  # every request is decoding, as in nearly all steps
+            is_bos = np.zeros((len(rows), 1), dtype=bool)
+            if not starts.all():
+                is_bos[:, 0] = [start == 0 and request.has_bos for start, request in zip(starts, requests, strict=True)]
+            values = self._running.update(rows, logits[:, None], positions[:, None], is_bos)[:, 0]
+            self._pages.write(token_rows, positions, np.concatenate([logits, values], axis=1))
+            self._count(logits)
+        else:
+            begin = 0
+            for request, count, start in zip(requests, counts.tolist(), starts.tolist(), strict=True):
+                self._score_one(request, start, logits[begin : begin + count])
+                begin += count
+        for request, stop in zip(requests, (starts + counts).tolist(), strict=True):
+            request.done = max(request.done, stop)
+            request.seen = max(request.seen, stop)
+            if request.end_token is not None and self._running.crossings(request.row):
+                self._ends[request.request_id] = request.end_token
+
+    def _score_one(self, request: OpenRequest, start: int, logits: np.ndarray) -> None:
+        """Tokens from position `start` on, after those that the prefix cache serves; what was scored before a request was
+        pushed out of the cache stays as it was."""
+        if request.done < start:
+            missing = np.full((start - request.done, self.plan.n_columns), np.nan, dtype=np.float32)
+            if self._slots is not None and request.cached >= start:
+                missing = self._slots.read(request.row, request.done, start)
+            logits, start = np.concatenate([missing, logits]), request.done
+        logits, start = logits[max(0, request.done - start) :], max(start, request.done)
+        if not len(logits):
+            return
+        positions = np.arange(start, start + len(logits))
+        is_bos = (positions == 0) & request.has_bos
+        rows = np.array([request.row])
+        values = self._running.update(rows, logits[None], positions[None], is_bos[None])[0]
+        self._pages.write(np.full(len(logits), request.row), positions, np.concatenate([logits, values], axis=1))
+        self._count(logits)
+
+    def _count(self, logits: np.ndarray) -> None:
+        unknown = int((~np.isfinite(logits).all(axis=1)).sum())
+        self.n_unknown += unknown
+        self.n_scored += len(logits) - unknown
+
+    # --- requests ---
+
+    def _open(self, new: NewRequest) -> OpenRequest:
+        row = self._free_rows.pop() if self._free_rows else self._n_rows
+        self._n_rows = max(self._n_rows, row + 1)
+        self._running.begin(row)
+        has_bos = self.bos_token_id is not None and list(new.prompt_token_ids[:1]) == [self.bos_token_id]
+        end = new.eos_token_id if new.options.get(WANTS_STOP) else None
+        request = OpenRequest(new.request_id, row, has_bos, end)
+        self._requests[new.request_id] = request
+        return request
+
+    def _take_blocks(self, request: OpenRequest, blocks: Sequence[Sequence[int]], n_cached: int) -> None:
+        request.cached = n_cached
+        if self._slots is not None and self.layout is not None:
+            self._slots.set_blocks(request.row, blocks[self.layout.group])
+
+    def _finish(self, request_id: str) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        if self.keep_finished:
+            self._finished[request_id] = self.scores_of(request)
+            if len(self._finished) > _MOST_FINISHED:
+                del self._finished[next(iter(self._finished))]
+        self._forget(request)
+
+    def _forget(self, request: OpenRequest) -> None:
+        self.n_alarms += bool(self._running.crossings(request.row))
+        self._pages.free(request.row)
+        self._free_rows.append(request.row)
+        self._ends.pop(request.request_id, None)
+        del self._requests[request.request_id]
+
+    # --- answers ---
+
+    @property
+    def request_ids(self) -> list[str]:
+        return [*self._requests, *self._finished]
+
+    @property
+    def n_held(self) -> tuple[int, int, int]:
+        """Open requests, finished ones that nobody has fetched, pages of scores: what memory goes by."""
+        return len(self._requests), len(self._finished), self._pages.n_pages_held
+
+    @property
+    def ends(self) -> dict[str, int]:
+        """Requests that an alarm has ended, with the token that ends them."""
+        return dict(self._ends)
+
+    def scores_of(self, request: OpenRequest, start: int = 0) -> RequestScores:
+        found = self._pages.read(request.row, start, request.seen)
+        n = self.plan.n_columns
+        crossings = tuple(self._running.crossings(request.row))
+        return RequestScores(request.request_id, start, found[:, :n], found[:, n:], crossings)
+
+    def take(self, request_id: str) -> RequestScores | None:
+        """The scores of a request that is over for the client; they are forgotten here."""
+        finished = self._finished.pop(request_id, None)
+        if finished is not None or request_id not in self._requests:
+            return finished
+        request = self._requests[request_id]
+        scores = self.scores_of(request)
+        self._forget(request)
+        return scores

@@ -1,0 +1,72 @@
+"""What client and worker tell each other, as MessagePack: plain numbers and bytes, never pickled objects."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+
+class Load(msgspec.Struct):
+    """Probe files to run from now on, by their content."""
+
+    probes: list[bytes]
+    bos_token_id: int | None
+
+
+class Loaded(msgspec.Struct):
+    """hook_points: those that the answering worker reports of, none from the others."""
+
+    hook_points: list[str]
+    is_last_stage: bool
+
+
+class Take(msgspec.Struct):
+    """Requests by the client's name of each, with its number of completions."""
+
+    requests: list[tuple[str, int]]
+
+
+class Scores(msgspec.Struct):
+    """Logits, and values of the online reductions, float32 [n n_columns] each, of positions from `start` on; crossings as
+    (line, position, logit, value)."""
+
+    start: int
+    n: int
+    logits: bytes
+    values: bytes
+    crossings: list[tuple[int, int, float, float]]
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(np.frombuffer(part, dtype=np.float32).reshape(self.n, -1) for part in (self.logits, self.values))  # type: ignore[return-value]
+
+
+class Taken(msgspec.Struct):
+    """For each request that was asked for, the scores of its completions by index."""
+
+    answers: list[dict[int, Scores]]
+
+
+class State(msgspec.Struct):
+    """Tokens scored and unknown, requests with an alarm; open requests, finished ones nobody fetched, pages held; and some
+    scores of the first step."""
+
+    n_scored: int
+    n_unknown: int
+    n_alarms: int
+    n_open: int
+    n_finished: int
+    n_pages: int
+    first_scores: list[float]
+
+
+Message = TypeVar("Message", bound=msgspec.Struct)
+
+
+def encode(message: Any) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+def decode(payload: bytes, kind: type[Message]) -> Message:
+    return msgspec.msgpack.decode(payload, type=kind)

@@ -1,0 +1,224 @@
+"""The worker class that vLLM is told to use: its own, with probes as a part of the model's graph."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmprobe_tl.errors import EngineError
+from lmprobe_tl.live.scoring_plan import ScoringPlan
+from lmprobe_tl.probe_file import probe_from_bytes
+from lmprobe_tl.vllm import _compat, wire
+from lmprobe_tl.vllm.hooks import STALE_GRAPH, StaticHooks
+from lmprobe_tl.vllm.runtime import RequestScores, ScoreBook
+from lmprobe_tl.vllm.structure import Structure
+
+_FIRST_SCORES = 16  # of the first step, which all tensor ranks must agree on
+
+
+class ProbeWorker(_compat.worker_base()):  # type: ignore[misc]
+    """`worker_cls` of an engine with probes. Methods named `lmprobe_...` are called by `collective_rpc`."""
+
+    _lmprobe: WorkerProbes | None = None
+
+    def load_model(self, *arguments: Any, **options: Any) -> None:
+        _compat.refuse_unsupported(self.vllm_config)
+        super().load_model(*arguments, **options)
+        self._lmprobe = WorkerProbes(self.vllm_config, self.model_runner, self.device)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        self._probes.layout = _compat.cache_layout(kv_cache_config)
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self._probes.check_boot(warmed_up=bool(getattr(times, "language_model", 0.0)))
+        return times
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        step = self._probes.begin_step(scheduler_output)
+        output = super().execute_model(scheduler_output)
+        self._probes.end_step(step)
+        return self._probes.with_ends(output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return self._probes.with_ends(super().sample_tokens(grammar_output))
+
+    @property
+    def _probes(self) -> WorkerProbes:
+        if self._lmprobe is None:
+            raise EngineError("the model is not loaded.")
+        return self._lmprobe
+
+    # --- remote calls: bytes in, bytes out ---
+
+    def lmprobe_load(self, payload: bytes) -> bytes:
+        """Take these probes instead of those before. Returns the hook points that are on this worker."""
+        return self._probes.load(payload)
+
+    def lmprobe_take(self, payload: bytes) -> bytes | None:
+        """The scores of requests that are over; None from a worker that keeps none."""
+        return self._probes.take(payload)
+
+    def lmprobe_state(self) -> bytes:
+        """Counts and sizes, and the sum of the first scores, which all ranks must agree on."""
+        return self._probes.state()
+
+
+class WorkerProbes:
+    """The probes of one worker: hooks in its model, and on the rank that reports, the scores of its requests."""
+
+    def __init__(self, config: Any, runner: Any, device: torch.device) -> None:
+        self.structure = Structure.from_config(config.additional_config)
+        self.layout: _compat.CacheLayout | None = None
+        self._sizes, self._runner = _compat.sizes_of(config), runner
+        self._hooks = StaticHooks(
+            _compat.decoder_layers(runner.get_model(), self._sizes.n_layers), self.structure, self._sizes, device
+        )
+        self._ranks = _compat.ranks()
+        self._device = device
+        self._book: ScoreBook | None = None
+        self._fired = np.zeros(len(self._hooks.by_name), dtype=np.int64)
+        self._first_scores: list[float] | None = None
+        self._n_steps = 0
+        self._ends: dict[str, tuple[int, int]] = {}  # step of the alarm, and token that ends the request
+        self._plan: ScoringPlan | None = None
+        self._lock = threading.Lock()  # outputs of asynchronous steps arrive on another thread
+        self._waiting: deque[tuple[int, _compat.Step, _OnItsWay | None]] = deque()
+
+    @property
+    def reports(self) -> bool:
+        """Whether this worker keeps scores: the first tensor rank of the stage that has the hook points."""
+        return bool(self._hooks.by_name) and self._ranks.tensor == 0
+
+    def check_boot(self, *, warmed_up: bool) -> None:
+        """EngineError where warming up ran the model without the hooks."""
+        if warmed_up and self._hooks.by_name and not self._hooks.fires.any():
+            raise EngineError(f"the model was warmed up without the probes' hooks. {STALE_GRAPH}")
+        self._hooks.check_fired()
+
+    def load(self, payload: bytes) -> bytes:
+        message = wire.decode(payload, wire.Load)
+        plan = ScoringPlan([probe_from_bytes(one) for one in message.probes])
+        self.structure.check_fits(plan)
+        here = [name for name in plan.hooks if name in self._hooks.by_name]
+        if here and len(here) < len(plan.hooks):
+            raise EngineError(
+                "the probes read hook points on several pipeline stages; use probes that read those of one stage alone."
+            )
+        with self._lock:
+            self._drain(wait=True)
+            self._plan, self._first_scores = None, None
+            if here:
+                self._hooks.set_weights(plan)
+                self._plan = plan
+            self._ends = {}
+            self._book = ScoreBook(plan, self.layout, message.bos_token_id) if self.reports else None
+        return wire.encode(wire.Loaded(here if self.reports else [], self._ranks.is_last_stage))
+
+    # --- steps ---
+
+    def begin_step(self, scheduler_output: Any) -> _compat.Step | None:
+        return None if self._plan is None else _compat.step_of(scheduler_output)
+
+    def end_step(self, step: _compat.Step | None) -> None:
+        """After the forward pass: have its scores copied to the host, and work on those that have arrived."""
+        if step is None or self._plan is None or not (self.reports or self._first_scores is None):
+            return
+        scored = None
+        if step.n_tokens:
+            logits = self._plan.combine(self._hooks.partials(self._plan, step.n_tokens), self._device)[0]
+            scored = _OnItsWay(_compat.batch_order(self._runner), logits, self._hooks.fires)
+        with self._lock:
+            self._n_steps += 1
+            self._waiting.append((self._n_steps, step, scored))
+            self._drain(wait=False)
+
+    def _drain(self, *, wait: bool) -> None:
+        """Work on the steps whose scores have arrived, in order; or on all."""
+        while self._waiting and (wait or self._waiting[0][2] is None or self._waiting[0][2].has_arrived()):
+            number, step, scored = self._waiting.popleft()
+            if self._book is not None:
+                self._book.begin_step(step)
+            if scored is None:
+                continue
+            logits, fires = scored.arrived()
+            if (fires[: len(self._hooks.by_name)] <= self._fired).any():
+                logits = np.full_like(logits, np.nan)  # a graph without the hook ran: what the buffer holds is old
+            self._fired = fires[: len(self._hooks.by_name)]
+            if self._first_scores is None:
+                self._first_scores = logits.ravel()[:_FIRST_SCORES].tolist()
+            if self._book is not None:
+                self._book.end_step(step, scored.order, logits)
+                for request_id, token in self._book.ends.items():
+                    self._ends.setdefault(request_id, (number, token))
+                self._ends = {name: end for name, end in self._ends.items() if name in self._book.ends}
+
+    def with_ends(self, output: Any) -> Any:
+        """The output of the latest step, in which alarmed requests end."""
+        if output is None or self._book is None:
+            return output
+        number = self._n_steps
+        if _compat.is_pending(output):
+            return _compat.pending_output(output, lambda arrived: self._ended(arrived, number))
+        return self._ended(output, number)
+
+    def _ended(self, output: Any, number: int) -> Any:
+        with self._lock:
+            self._drain(wait=True)
+            ends = {name: token for name, (since, token) in self._ends.items() if since <= number}
+        return _compat.end_requests(output, ends) if ends else output
+
+    # --- answers ---
+
+    def take(self, payload: bytes) -> bytes | None:
+        if self._book is None:
+            return None
+        with self._lock:
+            self._drain(wait=True)
+            answers = []
+            for request_id, n in wire.decode(payload, wire.Take).requests:
+                found = dict(_compat.matching_requests(self._book.request_ids, request_id, n))
+                answers.append({index: _as_wire(self._book.take(name)) for index, name in found.items()})
+        return wire.encode(wire.Taken(answers))
+
+    def state(self) -> bytes:
+        with self._lock:
+            self._drain(wait=True)
+            book = self._book
+            held = (0, 0, 0) if book is None else book.n_held
+            counts = (0, 0, 0) if book is None else (book.n_scored, book.n_unknown, book.n_alarms)
+        return wire.encode(wire.State(*counts, *held, self._first_scores or []))
+
+
+class _OnItsWay:
+    """Logits [n_tokens n_columns] and counters of a step, being copied to the host."""
+
+    def __init__(self, order: list[str], logits: Tensor, fires: Tensor) -> None:
+        self.order, self._event = order, None
+        if logits.device.type == "cpu":
+            self._logits, self._fires = logits.clone(), fires.clone()
+            return
+        self._logits = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True).copy_(logits, non_blocking=True)
+        self._fires = torch.empty(fires.shape, dtype=fires.dtype, pin_memory=True).copy_(fires, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def has_arrived(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def arrived(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._logits.numpy(), self._fires.numpy()
+
+
+def _as_wire(scores: RequestScores | None) -> wire.Scores:
+    assert scores is not None
+    crossings = [(one.line, one.position, one.logit, one.value) for one in scores.crossings]
+    return wire.Scores(scores.start, len(scores.logits), scores.logits.tobytes(), scores.values.tobytes(), crossings)
