@@ -51,7 +51,9 @@ FLOORS = {
         "generation",
         "scoring",
     }
-    | {"live.calibration", "live.sequences", "live.evaluation"},
+    | {"live.calibration", "live.sequences", "live.evaluation"}
+    | {"vllm", "vllm._compat", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes", "vllm.results", "vllm.running"}
+    | {"vllm.runtime", "vllm.slots", "vllm.structure", "vllm.wire", "vllm.worker"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
     6: {"colours", "report", "token_text"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}
@@ -81,6 +83,8 @@ ONLY_IN = {
     "transformers": {"monitor", "demo.train_model", "cli.options"},
     "matplotlib": {"plots"},
     "pandas": {"sweep_result"},
+    "vllm": {"vllm._compat", "vllm.offline"},
+    "msgspec": {"vllm.wire"},
     "typer": {name for name in FLOORS[7] if name.startswith("cli.")},
     "rich": {"cli.demo", "cli.generate"} | {name for name in FLOORS[6] if name.startswith("terminal.")},
 }

@@ -93,7 +93,8 @@ def decoder_layers(model: nn.Module, n_layers: int) -> dict[int, nn.Module]:
     """The decoder's blocks by index, of this pipeline stage alone. EngineError where they cannot be told."""
     from vllm.model_executor.models.utils import PPMissingLayer
 
-    text = model.get_language_model() if hasattr(model, "get_language_model") else model
+    find: Any = getattr(model, "get_language_model", None)
+    text = model if find is None else find()
     lists = [module for module in text.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
     blocks = [found for found in lists if any(_is_block(layer) for layer in found)]
     if len(blocks) != 1:

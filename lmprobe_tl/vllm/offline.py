@@ -122,8 +122,8 @@ def marked_sampling(params: Any, stop: bool, can_stop: bool) -> Any:
     """A copy of vLLM's sampling parameters that tells the worker what to do with the request's scores."""
     if stop and not can_stop:
         raise EngineError(
-            "stop=True needs the probes on the last pipeline stage, which samples the tokens; use probes of later layers, or "
-            "fewer stages."
+            "stop=True needs the probes on the last pipeline stage, which samples the tokens; use probes of later layers, "
+            "or fewer stages."
         )
     if stop and params.ignore_eos:
         raise InputError("stop=True ends a request by its end-of-sequence token, but ignore_eos is set; leave it out.")

@@ -53,8 +53,8 @@ def check_fits_model(probes: Sequence[ProbeWeights], config: Any, tokenizer: Any
             ResidualPoint.of(name, sizes.n_layers)
         if spec.d_model != sizes.d_model or spec.n_layers not in (None, sizes.n_layers):
             raise IncompatibleProbeError(
-                f"probe {spec.name!r} is for a model with d_model {spec.d_model} and {spec.n_layers or 'any number of'} layers, "
-                f"but the served model has {sizes.d_model} and {sizes.n_layers}. It was trained on "
+                f"probe {spec.name!r} is for a model with d_model {spec.d_model} and {spec.n_layers or 'any number of'} "
+                f"layers, but the served model has {sizes.d_model} and {sizes.n_layers}. It was trained on "
                 f"{spec.model.id or 'an unnamed model'!r}; serve that."
             )
         served = Path(str(config.model_config.model)).name

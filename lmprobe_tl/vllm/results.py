@@ -20,9 +20,9 @@ class ProbeResult:
     model, so of `len(prompt) + len(generated) - 1` positions.
 
     probe_scores: by probe the logit of each position, float32 [n] ([n n_classes] with several classes), NaN where it is not
-    known. running: the running score after each, as a Monitor gives it. alarms: the first crossing of each probe, by position.
-    n_unknown: positions without a score, which took no part in the running scores. stopped_by: the probe whose alarm ended
-    the generation, None where none did.
+    known. running: the running score after each, as a Monitor gives it. alarms: the first crossing of each probe, by
+    position. n_unknown: positions without a score, which took no part in the running scores. stopped_by: the probe whose
+    alarm ended the generation, None where none did.
     """
 
     probe_scores: Mapping[str, Tensor]

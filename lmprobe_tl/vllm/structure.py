@@ -73,7 +73,7 @@ class Structure:
             raise EngineError(f"additional_config[{CONFIG_KEY!r}] has format {found!r}; expected {FORMAT}; {hint}.")
         columns, mode = entry.get("columns"), entry.get("mode")
         good = isinstance(columns, Mapping) and columns and all(type(n) is int and n > 0 for n in columns.values())
-        if not good or mode not in ("scores", "activations"):
+        if not good or columns is None or mode not in ("scores", "activations"):
             raise EngineError(f"additional_config[{CONFIG_KEY!r}] is {entry!r}, with no usable columns or mode; {hint}.")
         return cls(dict(columns), mode)
 
@@ -82,8 +82,8 @@ class Structure:
         for name, hook in plan.hooks.items():
             if name not in self.columns:
                 raise IncompatibleProbeError(
-                    f"the probes read {name!r}, but this engine was compiled for {', '.join(map(repr, self.columns))}. Start "
-                    "it with these probes."
+                    f"the probes read {name!r}, but this engine was compiled for {', '.join(map(repr, self.columns))}. "
+                    "Start it with these probes."
                 )
             if len(hook.bias) > self.columns[name]:
                 raise IncompatibleProbeError(
