@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-tl3 check bench-live bench-extract demo-model clean
+.PHONY: demo test test-tl3 check bench-live bench-extract bench-vllm demo-model clean
 
 demo: .venv/installed
 	$(BIN)/lmprobe-tl demo
@@ -26,6 +26,11 @@ bench-live: .venv/installed
 # What extraction costs, against bare passes, by-hand code and lmprobe (downloaded once); long. Leave the machine alone meanwhile.
 bench-extract: .venv/installed
 	$(BIN)/python -m benchmarks.bench_extract
+
+# What probes cost inside vLLM, decode step by decode step; long. Leave the machine alone meanwhile.
+bench-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m benchmarks.bench_vllm --batch 32
+	.venv-vllm/bin/python -m benchmarks.bench_vllm --batch 1
 
 # Trains the embedded model anew: about an hour on two cores.
 demo-model: .venv/installed

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import vllm
 from torch import Tensor, nn
 
 from lmprobe_tl.errors import EngineError
+
+try:
+    import vllm
+except ImportError as error:
+    raise EngineError(f"vLLM cannot be imported ({error}); install it: pip install 'lmprobe-tl[vllm]'.") from error
 
 OLDEST, NEXT = (0, 32), (0, 34)
 

@@ -105,7 +105,11 @@ class StaticHooks:
 
 def _hook_output(layer: nn.Module, use: Any) -> None:
     def after(module, args, output):  # type: ignore[no-untyped-def]
-        use(output[0] + output[1] if isinstance(output, tuple) else output)
+        if not isinstance(output, tuple):
+            use(output)
+        else:  # what the block adds, and the stream that it is added to
+            added, stream = output
+            use(added if stream is None else added + stream)
 
     layer.register_forward_hook(after)
 

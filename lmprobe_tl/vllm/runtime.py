@@ -15,7 +15,6 @@ from lmprobe_tl.vllm.running import Crossing, RunningScores
 from lmprobe_tl.vllm.slots import SlotCache
 
 WANTS_SCORES, WANTS_STOP = "probe_scores", "probe_stop"  # keys of a request's extra_args, each true or false
-_MOST_FINISHED = 100_000  # requests whose scores nobody has fetched
 
 
 @dataclass
@@ -185,8 +184,6 @@ class ScoreBook:
             return
         if self.keep_finished:
             self._finished[request_id] = self.scores_of(request)
-            if len(self._finished) > _MOST_FINISHED:
-                del self._finished[next(iter(self._finished))]
         self._forget(request)
 
     def _forget(self, request: OpenRequest) -> None:
@@ -227,3 +224,7 @@ class ScoreBook:
         scores = self.scores_of(request)
         self._forget(request)
         return scores
+
+    def drop_finished(self) -> None:
+        """Forget finished requests that nobody will fetch, such as those that a client has given up."""
+        self._finished.clear()

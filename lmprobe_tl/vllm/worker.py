@@ -181,10 +181,11 @@ class WorkerProbes:
             return None
         with self._lock:
             self._drain(wait=True)
-            answers = []
+            answers = []  # of an offline engine, which has nothing else running when it asks
             for request_id, n in wire.decode(payload, wire.Take).requests:
                 found = dict(_compat.matching_requests(self._book.request_ids, request_id, n))
                 answers.append({index: _as_wire(self._book.take(name)) for index, name in found.items()})
+            self._book.drop_finished()
         return wire.encode(wire.Taken(answers))
 
     def state(self) -> bytes:
