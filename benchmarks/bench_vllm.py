@@ -1,7 +1,7 @@
 """What probes cost inside vLLM: decode steps of engines with and without them, taken in turns in one process.
 
 Run it by `make bench-vllm`. All engines serve the same random GPT-2 small (124 M parameters) and decode the same requests.
-In each round every engine makes one step, in an order drawn anew, and is compared with the plain engine's step of that round.
+In each round every engine makes one step, in an order drawn anew, compared with the plain engine's step of that round.
 The interval is a 95 % bootstrap over rounds.
 """
 
