@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,35 +29,58 @@ D_MODEL = 192
 AT_ONCE = 500  # requests a call
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=RESULTS / "vllm-memory-cpu.json")
-    options = parser.parse_args(arguments)
-    from vllm import SamplingParams
+def grown(engine_name: str, n_requests: int) -> list[dict[str, Any]]:
+    """Every `AT_ONCE` requests: resident MiB, and the requests and pages of scores that the worker holds."""
+    from vllm import LLM, SamplingParams
 
     from lmprobe_tl.vllm import ProbedLLM
     from lmprobe_tl.vllm.wire import State, decode
 
-    direction = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
-    weights = ProbeWeights.from_direction(direction, name="any", hook_points="blocks.3.hook_resid_post")
+    settings: dict[str, Any] = {
+        "max_model_len": 256,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 2**26,
+        "block_size": 32,
+    }
+    if engine_name == "plain":
+        engine: Any = LLM(str(MODEL_FOLDER), **settings)
+    else:
+        direction = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
+        weights = ProbeWeights.from_direction(direction, name="any", hook_points="blocks.3.hook_resid_post")
+        engine = ProbedLLM(MODEL_FOLDER, probes=weights, **settings)
     rng, rows = random.Random(0), list[dict[str, Any]]()
-    settings: dict[str, Any] = {"max_model_len": 256, "enforce_eager": True, "kv_cache_memory_bytes": 2**26}
-    with ProbedLLM(MODEL_FOLDER, probes=weights, block_size=32, **settings) as engine:
-        for done in range(0, options.requests, AT_ONCE):
-            prompts = [
-                {"prompt_token_ids": [0, *(rng.randrange(2, 2000) for _ in range(rng.randint(4, 60)))]}
-                for _ in range(AT_ONCE)
-            ]
-            outputs = engine.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+    for done in range(AT_ONCE, n_requests + 1, AT_ONCE):
+        prompts = [
+            {"prompt_token_ids": [0, *(rng.randrange(2, 2000) for _ in range(rng.randint(4, 60)))]} for _ in range(AT_ONCE)
+        ]
+        outputs = engine.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+        row = {"engine": engine_name, "requests": done, "resident_mib": status_mib("VmRSS")}
+        if engine_name != "plain":
             if any(output.n_unknown for output in outputs):
                 raise RuntimeError("a token has no score")
             state = decode(engine.llm.collective_rpc("lmprobe_state")[0], State)
-            held = {"open": state.n_open, "finished": state.n_finished, "pages": state.n_pages}
-            rows.append({"requests": done + AT_ONCE, "resident_mib": status_mib("VmRSS"), **held})
-            print(rows[-1], flush=True)
-    result = {"device": device_name("cpu"), "tokens_scored": state.n_scored, "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+            row |= {"open": state.n_open, "finished": state.n_finished, "pages": state.n_pages, "scored": state.n_scored}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--engine", choices=["plain", "one probe"], help="by default both, each in a process of its own")
+    parser.add_argument("--out", type=Path, default=RESULTS / "vllm-memory-cpu.json")
+    options = parser.parse_args(arguments)
+    if options.engine:
+        grown(options.engine, options.requests)
+        return
+    rows = []
+    for name in ("plain", "one probe"):
+        command = [sys.executable, "-m", "benchmarks.vllm_memory", "--engine", name, "--requests", str(options.requests)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"engine"')]
+        print(rows[-1], flush=True)
+    options.out.write_text(json.dumps({"device": device_name("cpu"), "rows": rows}, indent=1) + "\n")
     print(f"kept in {options.out}")
 
 
