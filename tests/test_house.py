@@ -53,7 +53,7 @@ FLOORS = {
     }
     | {"live.calibration", "live.sequences", "live.evaluation"}
     | {"vllm", "vllm._compat", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes", "vllm.results", "vllm.running"}
-    | {"vllm.runtime", "vllm.slots", "vllm.structure", "vllm.wire", "vllm.worker"},
+    | {"vllm.runtime", "vllm.slots", "vllm.steps", "vllm.structure", "vllm.wire", "vllm.worker"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
     6: {"colours", "report", "token_text"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}

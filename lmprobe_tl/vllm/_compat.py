@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lmprobe_tl.errors import EngineError
+from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
 
 try:
     import vllm
@@ -128,38 +129,6 @@ def input_reader(layer: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]]
 # --- a step ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NewRequest:
-    """A request on its first step, or one that begins anew after it was pushed out of the KV cache.
-
-    n_cached: positions that the prefix cache serves. options: what the client asked of the worker (`extra_args`).
-    """
-
-    request_id: str
-    prompt_token_ids: Sequence[int]
-    n_cached: int
-    blocks: Sequence[Sequence[int]]
-    options: Mapping[str, Any]
-    eos_token_id: int | None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the scheduler asks of a worker. counts, starts: new tokens of each request, and the position of the first.
-
-    resumed: blocks and cached positions of requests that come back. grown: new blocks. copies: (from, to) of blocks.
-    """
-
-    n_tokens: int
-    counts: Mapping[str, int]
-    starts: Mapping[str, int]
-    new: Sequence[NewRequest]
-    resumed: Sequence[tuple[str, Sequence[Sequence[int]], int]]
-    grown: Sequence[tuple[str, Sequence[Sequence[int]]]]
-    finished: Sequence[str]
-    copies: Sequence[tuple[int, int]]
-
-
 def step_of(output: Any) -> Step:
     cached = output.scheduled_cached_reqs
     starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -233,15 +202,6 @@ def pending_output(inner: Any, finish: Callable[[Any], Any]) -> Any:
 
 
 # --- the KV cache, ranks and names -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CacheLayout:
-    """The group of layers whose blocks hold every token of a request as long as it runs."""
-
-    group: int
-    block_size: int
-    n_blocks: int
 
 
 def cache_layout(kv_cache_config: Any) -> CacheLayout | None:

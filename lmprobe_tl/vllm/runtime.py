@@ -9,10 +9,10 @@ import numpy as np
 
 from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
-from lmprobe_tl.vllm._compat import CacheLayout, NewRequest, Step
 from lmprobe_tl.vllm.pages import Pages
 from lmprobe_tl.vllm.running import Crossing, RunningScores
 from lmprobe_tl.vllm.slots import SlotCache
+from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
 
 WANTS_SCORES, WANTS_STOP = "probe_scores", "probe_stop"  # keys of a request's extra_args, each true or false
 

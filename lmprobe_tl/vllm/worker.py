@@ -16,6 +16,7 @@ from lmprobe_tl.probe_file import probe_from_bytes
 from lmprobe_tl.vllm import _compat, wire
 from lmprobe_tl.vllm.hooks import STALE_GRAPH, StaticHooks
 from lmprobe_tl.vllm.runtime import RequestScores, ScoreBook
+from lmprobe_tl.vllm.steps import CacheLayout, Step
 from lmprobe_tl.vllm.structure import Structure
 
 _FIRST_SCORES = 16  # of the first step, which all tensor ranks must agree on
@@ -75,7 +76,7 @@ class WorkerProbes:
 
     def __init__(self, config: Any, runner: Any, device: torch.device) -> None:
         self.structure = Structure.from_config(config.additional_config)
-        self.layout: _compat.CacheLayout | None = None
+        self.layout: CacheLayout | None = None
         self._sizes, self._runner = _compat.sizes_of(config), runner
         self._hooks = StaticHooks(
             _compat.decoder_layers(runner.get_model(), self._sizes.n_layers), self.structure, self._sizes, device
@@ -89,7 +90,7 @@ class WorkerProbes:
         self._ends: dict[str, tuple[int, int]] = {}  # step of the alarm, and token that ends the request
         self._plan: ScoringPlan | None = None
         self._lock = threading.Lock()  # outputs of asynchronous steps arrive on another thread
-        self._waiting: deque[tuple[int, _compat.Step, _OnItsWay | None]] = deque()
+        self._waiting: deque[tuple[int, Step, _OnItsWay | None]] = deque()
 
     @property
     def reports(self) -> bool:
@@ -123,10 +124,10 @@ class WorkerProbes:
 
     # --- steps ---
 
-    def begin_step(self, scheduler_output: Any) -> _compat.Step | None:
+    def begin_step(self, scheduler_output: Any) -> Step | None:
         return None if self._plan is None else _compat.step_of(scheduler_output)
 
-    def end_step(self, step: _compat.Step | None) -> None:
+    def end_step(self, step: Step | None) -> None:
         """After the forward pass: have its scores copied to the host, and work on those that have arrived."""
         if step is None or self._plan is None or not (self.reports or self._first_scores is None):
             return
