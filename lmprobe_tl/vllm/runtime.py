@@ -20,7 +20,8 @@ WANTS_SCORES, WANTS_STOP = "probe_scores", "probe_stop"  # keys of a request's e
 @dataclass
 class OpenRequest:
     """A request that has a row. done: positions that its running scores have taken in; seen: positions computed so far;
-    cached: positions that the prefix cache serves, until their scores are copied; end_token: what ends it at an alarm."""
+    cached: positions that the prefix cache serves, until their scores are copied; end_token: what ends it at an alarm;
+    wants_scores: whether its client reads them."""
 
     request_id: str
     row: int
@@ -29,6 +30,7 @@ class OpenRequest:
     done: int = 0
     seen: int = 0
     cached: int = 0
+    wants_scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class ScoreBook:
         self._running.begin(row)
         has_bos = self.bos_token_id is not None and list(new.prompt_token_ids[:1]) == [self.bos_token_id]
         end = new.eos_token_id if new.options.get(WANTS_STOP) else None
-        request = OpenRequest(new.request_id, row, has_bos, end)
+        request = OpenRequest(new.request_id, row, has_bos, end, wants_scores=bool(new.options.get(WANTS_SCORES)))
         self._requests[new.request_id] = request
         return request
 
@@ -182,7 +184,7 @@ class ScoreBook:
         request = self._requests.get(request_id)
         if request is None:
             return
-        if self.keep_finished:
+        if self.keep_finished and request.wants_scores:
             self._finished[request_id] = self.scores_of(request)
         self._forget(request)
 

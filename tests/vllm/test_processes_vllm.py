@@ -1,0 +1,47 @@
+"""Engines in processes of their own: two tensor ranks, and vLLM's second model runner."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL
+from reference import Reference
+
+HERE = Path(__file__).parent
+TIGHT = {"kv_cache_memory_bytes": 1_400_000, "max_num_batched_tokens": 48, "disable_log_stats": False}
+
+
+def checked(reference: Reference, options: dict[str, Any], **environment: str) -> dict[str, Any]:
+    """What `engine_process.py` says of an engine with these options."""
+    code = [sys.executable, str(HERE / "engine_process.py"), reference.name, str(reference.folder)]
+    done = subprocess.run(
+        [*code, json.dumps(SMALL | options)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_two_tensor_ranks_in_processes(llama: Reference) -> None:
+    found = checked(llama, TIGHT | {"tensor_parallel_size": 2}, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert found["held"] == [[0, 0, 0], [0, 0, 0]]
+    assert found["cached"] > 0 and found["preempted"] > 0 and found["stopped"] > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_second_model_runner(references: dict[str, Reference], name: str) -> None:
+    path = os.pathsep.join([str(HERE / "forced_triton"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = checked(references[name], TIGHT, TRITON_INTERPRET="1", PYTHONPATH=path)
+    assert found["second_runner"] is True
+    assert found["held"] == [[0, 0, 0]]
+    assert found["cached"] > 0 and found["preempted"] > 0 and found["stopped"] > 0
