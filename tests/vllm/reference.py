@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -88,13 +88,9 @@ class Reference:
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The next n tokens, or those up to the end-of-sequence token."""
-        found = list(ids)
-        with torch.no_grad():
-            while len(found) < len(ids) + n:
-                found.append(int(self.model(torch.tensor([found]), use_cache=False).logits[0, -1].argmax()))
-                if found[-1] == self.tokenizer.eos_token_id:
-                    break
-        return found[len(ids) :]
+        options = {"max_new_tokens": n, "do_sample": False, "eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": 2}
+        row = torch.tensor([list(ids)])
+        return self.model.generate(row, attention_mask=torch.ones_like(row), **options)[0, len(ids) :].tolist()
 
 
 def _keep(found: list[Tensor], args: Any, kwargs: Any) -> None:
@@ -210,3 +206,14 @@ def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
     assert torch.equal(found.isnan(), expected.isnan()), f"{what}: NaN at other places"
     off, size = (found - expected).nan_to_num().abs().max().item(), expected.nan_to_num().abs().max().item()
     assert off <= 1e-4 * max(size, 1.0), f"{what}: off by {off}"
+
+
+def limit_between(scores: Tensor, is_good: Callable[[float], bool]) -> float:
+    """A threshold that no score is near: in the middle of the widest gap between them of those that are good."""
+    ordered = scores[scores.isfinite()].unique()
+    middles, gaps = (ordered[1:] + ordered[:-1]) / 2, ordered.diff()
+    for at in gaps.argsort(descending=True).tolist():
+        if is_good(float(middles[at])):
+            assert gaps[at] > 1e-3, "no threshold is far from all scores"
+            return float(middles[at])
+    raise AssertionError("no threshold is good")

@@ -115,7 +115,7 @@ def test_the_engine_says_what_a_monitor_says(demo: Reference) -> None:
         outputs = engine.generate(prompts, SamplingParams(max_tokens=12, temperature=1.0), use_tqdm=False)
     rows = [tokens_of(output, output.outputs[0])[:-1] for output in outputs]
     model = load_demo_model()
-    scores = score_prompts(model, rows, probes)
+    scores = score_prompts(model, [torch.tensor(ids) for ids in rows], probes)
     n_alarms = 0
     for row, (ids, output) in enumerate(zip(rows, outputs, strict=True)):
         for probe in probes:

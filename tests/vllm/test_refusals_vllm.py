@@ -66,14 +66,26 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, is_supported: b
         _compat.check_version()
 
 
-def test_speculative_decoding(probe: ProbeWeights, llama: Reference) -> None:
-    guess = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    with pytest.raises(EngineError, match=r"probes do not run in an engine with speculative decoding"):
-        start(llama, [probe], speculative_config=guess, enforce_eager=True)
-    # A refused engine leaves nothing that the next one stumbles over.
-    with start(llama, [probe], enforce_eager=True) as engine:
-        assert engine.llm is not None
-    assert engine.llm is None
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "speculative decoding",
+        ),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "a KV connector"),
+        ({"data_parallel_size": 2}, "data parallelism in one engine"),
+        ({"runner": "pooling"}, "the runner 'pooling'"),
+    ],
+)
+def test_settings_under_which_scores_would_be_wrong(llama: Reference, options: dict[str, Any], named: str) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from lmprobe_tl.vllm import _compat
+
+    _compat.refuse_unsupported(EngineArgs(str(llama.folder), **SMALL).create_engine_config())
+    with pytest.raises(EngineError, match=f"probes do not run in an engine with {named}"):
+        _compat.refuse_unsupported(EngineArgs(str(llama.folder), **(SMALL | options)).create_engine_config())
 
 
 def test_an_engine_that_was_not_started_for_probes(llama: Reference) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import start
-from reference import Reference, assert_outputs, make_probe, many_probes, tokens_of
+from reference import Reference, assert_outputs, limit_between, make_probe, many_probes, tokens_of
 
 SHARED = "def shared_prefix(first, second, third):\n    total = first + second * third\n" * 3
 
@@ -45,8 +45,8 @@ def test_preempted_and_evicted_requests_in_chunks(references: dict[str, Referenc
     with start(reference, probes, **options) as engine:
         before = counter(engine, "num_preemptions"), counter(engine, "prefix_cache_hits")
         for _ in range(2):
-            outputs = engine.generate(given(rows), sampling(90), use_tqdm=False)
-            assert [len(output.outputs[0].token_ids) for output in outputs] == [90] * 16
+            outputs = engine.generate(given(rows), sampling(70), use_tqdm=False)
+            assert [len(output.outputs[0].token_ids) for output in outputs] == [70] * 16
             assert_outputs(reference, outputs, probes)
         assert counter(engine, "num_preemptions") > before[0]
         assert counter(engine, "prefix_cache_hits") > before[1]
@@ -74,25 +74,23 @@ def test_compiled_by_inductor(llama: Reference, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_alone_and_among_31_others(demo: Reference) -> None:
-    # The same alarms and the same ends, whatever else is in the batch: a threshold in the gap between two scores.
+    # The same alarms and the same ends, whatever else is in the batch.
     probe = make_probe(demo, "p", "blocks.3.hook_resid_post", seed=11, inference="score:ema_max(0.3)")
     rows = [demo.encode(f"def function_{at}(a, b):\n    return a" + " + b" * at, bos=True) for at in range(32)]
     with start(demo, [probe], max_num_seqs=32) as engine:
         greedy = sampling(24, temperature=0, ignore_eos=False)
-        found = torch.cat([out.running["p"][1:] for out in engine.generate(given(rows), greedy, use_tqdm=False)]).unique()
-        middle = found[int(0.3 * len(found)) : int(0.9 * len(found))]
-        at = int(middle.diff().argmax())
-        limit = float(middle[at] + middle[at + 1]) / 2
+        peaks = torch.stack([out.running["p"][-1] for out in engine.generate(given(rows), greedy, use_tqdm=False)])
+        limit = limit_between(peaks, lambda x: 10 <= int((peaks >= x).sum()) <= 25)
         engine.replace_probes([probe.with_threshold(limit, "logit")])
         for stop in (False, True):
             together = engine.generate(given(rows), greedy, use_tqdm=False, stop=stop)
-            alone = [engine.generate(given([row]), greedy, use_tqdm=False, stop=stop)[0] for row in rows]
-            for one, other in zip(alone, together, strict=True):
+            for row, other in list(zip(rows, together, strict=True))[::3]:
+                (one,) = engine.generate(given([row]), greedy, use_tqdm=False, stop=stop)
                 assert one.outputs[0].token_ids == other.outputs[0].token_ids
                 assert [alarm.position for alarm in one.alarms] == [alarm.position for alarm in other.alarms]
                 assert one.stopped_by == other.stopped_by
             n_alarmed = sum(bool(output.alarms) for output in together)
-            assert 4 < n_alarmed < 32
+            assert 10 <= n_alarmed <= 25
             assert sum(output.stopped_by == "p" for output in together) == (n_alarmed if stop else 0)
 
 
