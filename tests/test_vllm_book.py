@@ -193,14 +193,14 @@ def check_run(run: Run) -> tuple[int, int]:
     return n_known, n_unknown
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(runs(with_slots=True))
 def test_scores_do_not_depend_on_the_schedule(run: Run) -> None:
     _, n_unknown = check_run(run)
     assert n_unknown == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(runs(with_slots=False))
 def test_what_the_cache_serves_is_unknown_without_slots(run: Run) -> None:
     check_run(run)
