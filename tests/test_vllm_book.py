@@ -267,6 +267,22 @@ def test_a_copied_block_takes_its_scores_along() -> None:
     np.testing.assert_array_equal(found.logits, logits_of(tokens))
 
 
+def test_a_gap_that_the_cache_does_not_explain_is_unknown() -> None:
+    # What its slots hold is of somebody else.
+    tokens = [BOS, 3, 4, 5, 6]
+    book = ScoreBook(the_plan(), CacheLayout(1, 4, 8), BOS)
+    old = step({"old": 5}, {"old": 0}, new=[new_request("old", [9, 8, 7, 6, 5], 0, [2, 3])])
+    book.begin_step(old)
+    book.end_step(old, ["old"], logits_of([9, 8, 7, 6, 5]))
+    late = step({"a": 2}, {"a": 3}, new=[new_request("a", tokens, 0, [2, 3])])
+    book.begin_step(late)
+    book.end_step(late, ["a"], logits_of(tokens)[3:])
+    found = book.take("a")
+    assert found is not None
+    assert np.isnan(found.logits[:3]).all() and book.n_unknown == 3
+    np.testing.assert_array_equal(found.logits[3:], logits_of(tokens)[3:])
+
+
 def test_tokens_without_an_owner_are_refused() -> None:
     book = ScoreBook(the_plan(), None, BOS)
     one = step({"a": 3}, {"a": 0}, new=[new_request("a", [3, 4, 5], 0, [])])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,17 +232,16 @@ def ranks() -> Ranks:
     return Ranks(get_tp_group().rank_in_group, pipeline.rank_in_group, pipeline.is_last_rank)
 
 
-def matching_requests(request_ids: Sequence[str], wanted: str, n: int) -> Iterator[tuple[int, str]]:
-    """(index of the completion, internal id) of a request that the client calls `wanted`, of n completions.
+def client_names(request_id: str) -> Iterator[tuple[str, int, bool]]:
+    """What a client may call the request with this internal id: (name, index of the completion, is one of several).
 
     vLLM adds eight hex digits, and before them the number of the completion where there are several.
     """
-    prefix = r"(\d+)_" if n > 1 else "()"
-    pattern = re.compile(rf"{prefix}{re.escape(wanted)}-[0-9a-f]{{8}}")
-    for request_id in request_ids:
-        found = pattern.fullmatch(request_id)
-        if found is not None:
-            yield int(found[1] or 0), request_id
+    found = re.fullmatch(r"((?:(\d+)_)?(.+))-[0-9a-f]{8}", request_id)
+    if found is not None:
+        yield found[1], 0, False
+        if found[2] is not None:
+            yield found[3], int(found[2]), True
 
 
 def shut_down(llm: Any) -> None:

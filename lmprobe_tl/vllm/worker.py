@@ -182,10 +182,14 @@ class WorkerProbes:
             return None
         with self._lock:
             self._drain(wait=True)
+            held: dict[tuple[str, bool], dict[int, str]] = {}  # internal ids by the client's name; looked through once
+            for request_id in self._book.request_ids:
+                for name, index, of_several in _compat.client_names(request_id):
+                    held.setdefault((name, of_several), {})[index] = request_id
             answers = []  # of an offline engine, which has nothing else running when it asks
-            for request_id, n in wire.decode(payload, wire.Take).requests:
-                found = dict(_compat.matching_requests(self._book.request_ids, request_id, n))
-                answers.append({index: _as_wire(self._book.take(name)) for index, name in found.items()})
+            for name, n in wire.decode(payload, wire.Take).requests:
+                found = held.get((name, n > 1), {})
+                answers.append({index: _as_wire(self._book.take(request_id)) for index, request_id in found.items()})
             self._book.drop_finished()
         return wire.encode(wire.Taken(answers))
 

@@ -36,12 +36,12 @@ def sampling(max_tokens: int, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_preempted_and_evicted_requests_in_chunks(references: dict[str, Reference], name: str) -> None:
-    # Sixteen requests that grow to some 150 tokens, in a cache of few hundred: the scheduler has to push some out, and to
+    # Sixteen requests that grow to some 150 tokens, in a cache of 640: the scheduler has to push some out, and to
     # compute them anew, or to find what is left of them in the prefix cache. Chunks of 24 tokens cut all prompts.
     reference = references[name]
     probes = many_probes(reference)
     rows = [reference.encode(SHARED + f"    return {at}" * (at % 4), bos=bool(at % 2)) for at in range(16)]
-    options = {"kv_cache_memory_bytes": 1_400_000, "max_num_batched_tokens": 24, "disable_log_stats": False}
+    options = {"num_gpu_blocks_override": 20, "max_num_batched_tokens": 24, "disable_log_stats": False}
     with start(reference, probes, **options) as engine:
         before = counter(engine, "num_preemptions"), counter(engine, "prefix_cache_hits")
         for _ in range(2):
