@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from reference import Reference, assert_outputs, many_probes
 
-TEXTS = [f"def function_{at}(a, b):\n    return" + " a +" * (3 * at) + " b" for at in range(10)]
-SHARED = "def shared_prefix(first, second, third):\n    total = first + second * third\n" * 3
+TEXTS = [f"def function_{at}(a, b):\n    return" + " a +" * (3 * at) + " b" for at in range(6)]
+SHARED = "def shared_prefix(first, second, third):\n    total = first + second * third\n" * 2
 
 
 def main(name: str, folder: str, options: str) -> None:
@@ -23,23 +23,23 @@ def main(name: str, folder: str, options: str) -> None:
 
     reference = Reference(name, Path(folder))
     probes = many_probes(reference)
-    texts = TEXTS + [SHARED + text for text in TEXTS[:6]]
+    texts = TEXTS + [SHARED + text for text in TEXTS[:4]]
     prompts = [{"prompt_token_ids": reference.encode(text, bos=bool(at % 2))} for at, text in enumerate(texts)]
-    sampled = SamplingParams(max_tokens=60, temperature=1.0, ignore_eos=True)
+    sampled = SamplingParams(max_tokens=36, temperature=1.0, ignore_eos=True)
     with ProbedLLM(folder, probes=probes, **json.loads(options)) as engine:
         cached = 0
         for _ in range(2):
             outputs = engine.generate(prompts, sampled, use_tqdm=False)
             assert_outputs(reference, outputs, probes)
             cached += sum(output.num_cached_tokens for output in outputs)
-        several = engine.generate(prompts[:4], SamplingParams(max_tokens=8, n=3), use_tqdm=False)
+        several = engine.generate(prompts[:3], SamplingParams(max_tokens=5, n=3), use_tqdm=False)
         assert_outputs(reference, several, probes)
         preempted = sum(metric.value for metric in engine.llm.get_metrics() if metric.name == "vllm:num_preemptions")
 
         (last,) = [probe for probe in probes if probe.name == "last"]
-        limit = float(torch.cat([output.running["last"][-30:] for output in outputs]).median())
+        limit = float(torch.cat([output.running["last"][-16:] for output in outputs]).median())
         engine.replace_probes([last.with_threshold(limit, "logit")])
-        stopped = engine.generate(prompts, SamplingParams(max_tokens=30), use_tqdm=False, stop=True)
+        stopped = engine.generate(prompts, SamplingParams(max_tokens=16), use_tqdm=False, stop=True)
         for output in stopped:
             (completion,) = output.outputs
             for alarm in output.alarms:

@@ -14,7 +14,7 @@ from conftest import SMALL
 from reference import Reference
 
 HERE = Path(__file__).parent
-TIGHT = {"num_gpu_blocks_override": 20, "max_num_batched_tokens": 48, "disable_log_stats": False}
+TIGHT = {"num_gpu_blocks_override": 10, "max_num_batched_tokens": 48, "disable_log_stats": False}
 
 
 def checked(reference: Reference, options: dict[str, Any], **environment: str) -> dict[str, Any]:
