@@ -267,6 +267,29 @@ def test_a_copied_block_takes_its_scores_along() -> None:
     np.testing.assert_array_equal(found.logits, logits_of(tokens))
 
 
+def test_decoding_requests_are_scored_together_beside_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    book, names = ScoreBook(the_plan(), None, BOS), [f"r{at}" for at in range(12)]
+    first = step(dict.fromkeys(names, 2), dict.fromkeys(names, 0), new=[new_request(one, [BOS, 3], 0, []) for one in names])
+    book.begin_step(first)
+    book.end_step(first, names, np.concatenate([logits_of([BOS, 3])] * 12))
+    sizes, update = [], book._running.update
+    monkeypatch.setattr(book._running, "update", lambda rows, *rest: sizes.append(len(rows)) or update(rows, *rest))
+    order = [*names[:5], "late", *names[5:]]
+    second = step(
+        dict.fromkeys(names, 1) | {"late": 3},
+        dict.fromkeys(names, 2) | {"late": 0},
+        new=[new_request("late", [BOS, 5, 6], 0, [])],
+    )
+    book.begin_step(second)
+    own = [logits_of([BOS, 3, 4 + at])[2:] for at in range(12)]
+    book.end_step(second, order, np.concatenate([*own[:5], logits_of([BOS, 5, 6]), *own[5:]]))
+    assert sizes == [12, 1]
+    for at, name in enumerate(names):
+        found = book.take(name)
+        assert found is not None
+        np.testing.assert_array_equal(found.logits, logits_of([BOS, 3, 4 + at]))
+
+
 def test_a_gap_that_the_cache_does_not_explain_is_unknown() -> None:
     # What its slots hold is of somebody else.
     tokens = [BOS, 3, 4, 5, 6]
