@@ -80,11 +80,13 @@ class Reference:
 
     def running(self, ids: Sequence[int], probe: ProbeWeights) -> Tensor:
         """The probe's inference pooling of each prefix of the row; a leading BOS does not count."""
-        logits, first = self.logits(ids, probe), int(ids[0] == BOS)
-        nothing = torch.full((1 if probe.is_binary else probe.n_classes,), math.nan)
-        rows = [pooled(logits[first:end], probe) if end > first else nothing for end in range(1, len(ids) + 1)]
-        found = torch.stack(rows)
-        return found[:, 0] if probe.is_binary else found
+        logits, first = self.logits(ids, probe).double(), int(ids[0] == BOS)
+        if not probe.is_binary:
+            assert probe.spec.pooling.inference == "score:mean"
+            nothing = [[math.nan] * probe.n_classes] * first
+            columns = [_means(column) for column in logits[first:].softmax(-1).T.tolist()]
+            return torch.tensor([*nothing, *map(list, zip(*columns, strict=True))])
+        return torch.tensor([math.nan] * first + pooled(logits[first:].tolist(), probe.spec.pooling.inference))
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The next n tokens, or those up to the end-of-sequence token."""
@@ -101,39 +103,50 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def pooled(logits: Tensor, probe: ProbeWeights) -> Tensor:
-    """[1] or [n_classes] of logits [n] or [n n_classes]."""
-    stage, _, rest = probe.spec.pooling.inference.rpartition(":")
+def pooled(z: list[float], strategy: str) -> list[float]:
+    """An inference pooling of logits up to each of them."""
+    stage, _, rest = strategy.rpartition(":")
     name, _, argument = rest.rstrip(")").partition("(")
-    if not probe.is_binary:
-        assert (stage, name) == ("score", "mean")
-        return logits.double().softmax(-1).mean(0).float()
     if stage != "score":  # of activations: the logit of a mean is the mean of the logits
         assert name == "mean"
-        return logits.double().mean().sigmoid().float()[None]
-    z = logits.double().tolist()
-    if name == "max":
-        return torch.tensor([_sigmoid(max(z))])
+        return [_sigmoid(mean) for mean in _means(z)]
     if name == "mean":
-        return torch.tensor([sum(map(_sigmoid, z)) / len(z)])
-    return torch.tensor([_streaming(z, name, float(argument))])
-
-
-def _streaming(z: list[float], name: str, parameter: float) -> float:
+        return _means([_sigmoid(value) for value in z])
+    if name == "max":
+        return [_sigmoid(best) for best in _maxima(z)]
+    parameter = float(argument)
     if name == "ema_max":
-        average = best = z[0]
+        averages = z[:1]
         for value in z[1:]:
-            average = parameter * value + (1 - parameter) * average
-            best = max(best, average)
-        return best
+            averages.append(parameter * value + (1 - parameter) * averages[-1])
+        return _maxima(averages)
     if name == "rolling_max":
         window = int(parameter)
-        if len(z) < window:
-            return sum(z) / len(z)
-        return max(sum(z[at : at + window]) / window for at in range(len(z) - window + 1))
+        whole = [sum(z[stop - window : stop]) / window for stop in range(window, len(z) + 1)]
+        return _means(z[: window - 1]) + _maxima(whole)
     assert name == "softmax", name
-    shares = [math.exp((value - max(z)) / parameter) for value in z]
-    return sum(share * value for share, value in zip(shares, z, strict=True)) / sum(shares)
+    found, total, weight = [], 0.0, 0.0
+    for value in z:
+        share = math.exp((value - max(z)) / parameter)
+        total, weight = total + share * value, weight + share
+        found.append(total / weight)
+    return found
+
+
+def _means(values: list[float]) -> list[float]:
+    total, found = 0.0, []
+    for n, value in enumerate(values, start=1):
+        total += value
+        found.append(total / n)
+    return found
+
+
+def _maxima(values: list[float]) -> list[float]:
+    best, found = -math.inf, []
+    for value in values:
+        best = max(best, value)
+        found.append(best)
+    return found
 
 
 def _sigmoid(z: float) -> float:
