@@ -30,7 +30,7 @@ def engine(llama: Reference, probes: list[ProbeWeights]) -> Iterator[Any]:
 
 def test_one_text_and_default_sampling(llama: Reference, probes: list[ProbeWeights], engine: Any) -> None:
     (output,) = engine.generate("def f(a):", use_tqdm=False)
-    assert output.prompt_token_ids == llama.encode("def f(a):", bos=False)
+    assert output.prompt_token_ids == llama.encode("def f(a):", bos=True)
     assert_outputs(llama, [output], probes)
 
 
