@@ -281,6 +281,15 @@ def matching_requests(request_ids: Sequence[str], wanted: str, n: int) -> Iterat
             yield int(found[1] or 0), request_id
 
 
+def client_names(request_id: str) -> Iterator[tuple[str, int, bool]]:
+    """What a client may call the request with this internal id: (name, index of the completion, is one of several)."""
+    found = re.fullmatch(r"((?:(\d+)_)?(.+))-[0-9a-f]{8}", request_id)
+    if found is not None:
+        yield found[1], 0, False
+        if found[2] is not None:
+            yield found[3], int(found[2]), True
+
+
 def shut_down(llm: Any) -> None:
     """Stop an offline engine, in this process or its own, and let go of its memory and groups."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
