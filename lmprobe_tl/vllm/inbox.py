@@ -12,7 +12,7 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
-from lmprobe_tl.errors import InputError
+from lmprobe_tl.errors import EngineError, InputError
 from lmprobe_tl.vllm import _compat, wire
 
 SECONDS_TO_WAIT = 2.0  # for scores of a request that is over; they are usually there before its last token
@@ -95,11 +95,13 @@ class ScoreInbox:
         self._expected.pop(name, None)
 
     def received(self, name: str) -> Mapping[int, ReceivedScores]:
-        """What has come so far of each completion, by its index."""
+        """What has come so far of each completion, by its index. EngineError where nothing can be received any more."""
+        self._check_receiving()
         return self._expected[name].completions
 
     async def wait(self, name: str, index: int, n_positions: int | None, *, seconds: float = SECONDS_TO_WAIT) -> None:
         """Until all positions of a completion have come, or, with None, all that will; but no longer than `seconds`."""
+        self._check_receiving()
         request = self._expected[name]
 
         async def complete() -> None:
@@ -113,6 +115,10 @@ class ScoreInbox:
             found = request.completions.get(index)
             self.n_late += max(1, (n_positions or 0) - (0 if found is None else found.n))
 
+    def _check_receiving(self) -> None:
+        if self._task.done() and not self._task.cancelled() and (error := self._task.exception()) is not None:
+            raise EngineError(f"scores are no longer received, since a packet could not be read: {error!r}") from error
+
     async def _receive(self) -> None:
         while True:
             packet = wire.decode(await self._socket.recv(), wire.Packet)
@@ -125,7 +131,7 @@ class ScoreInbox:
         begin = 0
         places = [self._place(request_id) for request_id, _, _ in packet.requests]
         for place, (_, start, count) in zip(places, packet.requests, strict=True):
-            if place is not None:
+            if place is not None and count:
                 place.add(start, logits[begin : begin + count], values[begin : begin + count])
             begin += count
         for index, *crossing in packet.crossings:
