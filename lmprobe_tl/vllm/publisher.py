@@ -29,9 +29,7 @@ class ScorePublisher:
         self._socket.connect(address)
         if not self._socket.poll(1000 * _SECONDS_TO_CONNECT, zmq.POLLOUT):
             self.close()
-            raise EngineError(
-                f"the worker cannot reach the client's socket {address!r}. Live scores need the worker on the client's machine."
-            )
+            raise EngineError(f"the worker cannot reach the client's socket {address!r}. Both must be on one machine.")
 
     def publish(self, book: ScoreBook, request_ids: Sequence[str], *, finished: bool = False) -> None:
         """Send what these requests have that was not sent. finished: whether that is all that they will ever have."""

@@ -45,8 +45,8 @@ def probe_result(
     so_far: bool = False,
 ) -> ProbeResult:
     """scores: None where the worker knows nothing of the completion. token_ids: of prompt and generated tokens. row: what
-    alarms call the completion. stops: whether it was to end at an alarm, by the token `end`. so_far: leave positions off whose
-    scores are still to come."""
+    alarms call the completion. stops: whether it was to end at an alarm, by the token `end`. so_far: leave off
+    positions whose scores are still to come."""
     n_positions = max(len(token_ids) - 1, n_prompt)
     if so_far:
         n_positions = 0 if scores is None else min(n_positions, scores.start + scores.n)

@@ -13,6 +13,7 @@ from lmprobe_tl.weights import ProbeWeights
 
 CONFIG_KEY = "lmprobe_tl"
 WORKER_CLASS = "lmprobe_tl.vllm.worker.ProbeWorker"
+PROBES_VARIABLE = "LMPROBE_TL_PROBES"  # of the server's environment: a JSON list of paths
 FORMAT = 1
 Mode: TypeAlias = Literal["scores", "activations"]
 _HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")

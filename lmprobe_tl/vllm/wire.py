@@ -54,7 +54,7 @@ class Publish(msgspec.Struct):
     address: str | None
 
 
-class Packet(msgspec.Struct, array_like=True):
+class Packet(msgspec.Struct):
     """What a step has added, of the requests that asked for their scores.
 
     requests: (internal id, first new position, count) of each; logits, values: float32 [sum of counts, n_columns], one
