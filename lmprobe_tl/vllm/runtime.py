@@ -231,7 +231,7 @@ class ScoreBook:
         """Logits and values [n n_columns] of the positions that were not sent, one request after the other."""
         sent = np.fromiter((request.sent for request in requests), dtype=np.int64, count=len(requests))
         counts = np.fromiter((request.seen for request in requests), dtype=np.int64, count=len(requests)) - sent
-        rows = np.repeat([request.row for request in requests], counts)
+        rows = np.repeat(np.array([request.row for request in requests], dtype=np.int64), counts)
         positions = np.repeat(sent - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
         found = self._pages.gather(rows, positions)
         return found[:, : self.plan.n_columns], found[:, self.plan.n_columns :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ _TOKEN_FIELDS = ("prompt_token_ids", "token_ids")
 
 @dataclass
 class _Choice:
-    """prompt, generated: token ids so far, None where the answer does not tell them. n_sent, n_told: positions and alarms
+    """prompt, generated: token ids so far, None where they are not told. n_sent, n_told: positions and alarms
     that the client has. n_unknown: of those positions, how many have no score."""
 
     prompt: list[int] | None = None
@@ -27,11 +27,16 @@ class _Choice:
     n_told: int = 0
     n_unknown: int = 0
     first_alarm: str | None = None
-    crossings: list[Any] = field(default_factory=list)
 
     @property
-    def tokens(self) -> list[int] | None:
-        return None if self.prompt is None or self.generated is None else [*self.prompt, *self.generated]
+    def tokens(self) -> list[int]:
+        """Those that are known."""
+        return [*(self.prompt or ()), *(self.generated or ())]
+
+    @property
+    def n_positions(self) -> int | None:
+        """How many the tokens so far have: all but the last, which has not entered the model. None where it is not told."""
+        return None if self.prompt is None or self.generated is None else max(len(self.tokens) - 1, len(self.prompt))
 
 
 class ScoredAnswer:
@@ -60,26 +65,26 @@ class ScoredAnswer:
         if choice.get("token_ids") is not None:
             state.generated = [*(state.generated or ()), *choice["token_ids"]]
         inbox, (name, index) = self._connection.inbox, self._request.place_of(choice["index"])
-        tokens = state.tokens
-        n_positions = None if tokens is None else max(len(tokens) - 1, len(state.prompt or ()))
+        n_positions = state.n_positions
         ends = choice.get("finish_reason") is not None
-        if ends:
+        if ends and choice["finish_reason"] != "abort":
             await inbox.wait(name, index, n_positions)
             await self._connection.check_agreement()
         received = inbox.received(name).get(index) or ReceivedScores(self._connection.plan.n_columns)
         stop = received.n if n_positions is None else n_positions if ends else min(received.n, n_positions)
-        choice |= self._new_scores(state, received, stop)
+        choice |= self._new_scores(state, received, max(stop, state.n_sent))
         if ends and self._request.stop and state.first_alarm is not None:
-            was_end = choice["finish_reason"] == "stop" if tokens is None else tokens[-1:] == [self._connection.end_token]
+            end = self._connection.end_token
+            was_end = choice["finish_reason"] == "stop" if n_positions is None else state.tokens[-1:] == [end]
             choice["probe_stopped_by"] = state.first_alarm if was_end else None
 
     def _new_scores(self, state: _Choice, received: ReceivedScores, stop: int) -> dict[str, Any]:
         """Of positions from those that were sent to `stop`, and of crossings at positions before it."""
         plan = self._connection.plan
-        logits = torch.full((max(stop - state.n_sent, 0), plan.n_columns), torch.nan)
+        logits = torch.full((stop - state.n_sent, plan.n_columns), torch.nan)
         found = torch.from_numpy(received.logits[state.n_sent : stop].copy())
         logits[: len(found)] = found
-        state.n_sent = max(stop, state.n_sent)
+        state.n_sent = stop
         state.n_unknown += int((~logits.isfinite().all(dim=1)).sum())
         latest = torch.from_numpy(received.values[:stop][-1:].copy())
         running = {
@@ -100,11 +105,13 @@ class ScoredAnswer:
         new, state.n_told = visible[state.n_told :], len(visible)
         tokens, alarms = state.tokens, []
         for crossing in new:
-            alarm = alarm_of(self._connection.plan, crossing, -1 if tokens is None else tokens[crossing[1]], row=0)
-            told = {"probe": alarm.probe, "position": alarm.position, "token_id": alarm.token_id}
-            if tokens is None:
-                del told["token_id"]
-            alarms.append(told | {"score": alarm.score, "threshold": alarm.threshold, "unit": alarm.unit})
+            is_known = crossing[1] < len(tokens)
+            alarm = alarm_of(self._connection.plan, crossing, tokens[crossing[1]] if is_known else -1, row=0)
+            alarms.append(
+                {"probe": alarm.probe, "position": alarm.position}
+                | ({"token_id": alarm.token_id} if is_known else {})
+                | {"score": alarm.score, "threshold": alarm.threshold, "unit": alarm.unit}
+            )
             state.first_alarm = state.first_alarm or alarm.probe
         return alarms
 
