@@ -56,7 +56,7 @@ def read_request(path: str, body: bytes, request_id: str, *, can_stop: bool) -> 
         _check_can_stop(fields, can_stop)
     if fields.get("use_beam_search"):
         if scores or stop:
-            raise FieldError(WANTS_SCORES, f"{WANTS_SCORES} and {WANTS_STOP} do not go with use_beam_search; leave one out.")
+            raise FieldError("use_beam_search", f"{WANTS_SCORES} and {WANTS_STOP} do not go with it; leave one out.")
         scores = False
     extra = fields.get("vllm_xargs")
     wanted = scores is not False or stop
@@ -66,12 +66,11 @@ def read_request(path: str, body: bytes, request_id: str, *, can_stop: bool) -> 
     keeps_token_ids = bool(fields.get("return_token_ids"))
     if not fields.get("echo"):  # with both, vLLM leaves the prompt's text out
         fields["return_token_ids"] = True
-    n = fields.get("n")
     name = f"{PREFIXES[path]}-{request_id}"
     names = [name] if path.endswith("chat/completions") else [f"{name}-{index}" for index in range(_n_prompts(fields))]
     return ProbeRequest(
         tuple(names),
-        n if type(n) is int and n > 1 else 1,
+        _count(fields.get("n")),
         scores is not False,
         stop,
         keeps_token_ids,
@@ -96,6 +95,14 @@ def _check_can_stop(fields: dict[str, Any], can_stop: bool) -> None:
                 f"{WANTS_STOP} ends a request by its end-of-sequence token, which {other}={fields[other]!r} makes vLLM "
                 "ignore; leave one of them out.",
             )
+
+
+def _count(value: Any) -> int:
+    """A number as vLLM reads it, which takes "2" and 2.0 for 2. What is none is vLLM's to refuse."""
+    try:
+        return max(int(value), 1)
+    except (TypeError, ValueError, OverflowError):
+        return 1
 
 
 def _n_prompts(fields: dict[str, Any]) -> int:
