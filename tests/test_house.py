@@ -53,13 +53,17 @@ FLOORS = {
     }
     | {"live.calibration", "live.sequences", "live.evaluation"}
     | {"vllm", "vllm._compat", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes", "vllm.results", "vllm.running"}
-    | {"vllm.runtime", "vllm.slots", "vllm.steps", "vllm.structure", "vllm.wire", "vllm.worker"},
+    | {"vllm.runtime", "vllm.slots", "vllm.steps", "vllm.structure", "vllm.wire", "vllm.worker"}
+    | {"vllm.connection", "vllm.inbox", "vllm.online_engine", "vllm.publisher"}
+    | {"vllm.server", "vllm.server.choices", "vllm.server.metrics", "vllm.server.middleware", "vllm.server.request"}
+    | {"vllm.server.response"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
     6: {"colours", "report", "token_text"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}
     | {"terminal.token_style"},
     7: {"cli", "cli.app", "cli.options", "cli.data_files"}
-    | {"cli.calibrate", "cli.demo", "cli.extract", "cli.fit", "cli.generate", "cli.inspect", "cli.score", "cli.sweep"},
+    | {"cli.calibrate", "cli.demo", "cli.extract", "cli.fit", "cli.generate", "cli.inspect", "cli.score", "cli.serve"}
+    | {"cli.sweep"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SKINS = {module for floor in (6, 7) for module in FLOORS[floor]}
@@ -83,8 +87,10 @@ ONLY_IN = {
     "transformers": {"monitor", "demo.train_model", "cli.options"},
     "matplotlib": {"plots"},
     "pandas": {"sweep_result"},
-    "vllm": {"vllm._compat", "vllm.offline"},
+    "vllm": {"vllm._compat", "vllm.offline", "vllm.online_engine"},
     "msgspec": {"vllm.wire"},
+    "zmq": {"vllm.inbox", "vllm.publisher"},
+    "prometheus_client": {"vllm.server.metrics"},
     "typer": {name for name in FLOORS[7] if name.startswith("cli.")},
     "rich": {"cli.demo", "cli.generate"} | {name for name in FLOORS[6] if name.startswith("terminal.")},
 }

@@ -39,6 +39,17 @@ def load_or_demo(model: str | None) -> Any:
     return load_model(model)
 
 
+def local_shape(model: str) -> tuple[int, int] | None:
+    """Width and number of layers of a model whose configuration is on this machine, None where it is not or is unusual."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
+        return config.hidden_size, config.num_hidden_layers
+    except Exception:  # whatever is wrong with it, the engine says it better
+        return None
+
+
 def hush() -> None:
     """Loading a model prints bars and notes of its own; they are no news here."""
     from transformers.utils import logging

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmprobe_tl.vllm.offline import ProbedLLM
+    from lmprobe_tl.vllm.online_engine import ProbedAsyncLLM
     from lmprobe_tl.vllm.probes import engine_kwargs
     from lmprobe_tl.vllm.results import ProbeResult
 
-_HOMES = {"ProbeResult": "results", "ProbedLLM": "offline", "engine_kwargs": "probes"}
+_HOMES = {"ProbeResult": "results", "ProbedAsyncLLM": "online_engine", "ProbedLLM": "offline", "engine_kwargs": "probes"}
 
-__all__ = ["ProbeResult", "ProbedLLM", "engine_kwargs"]
+__all__ = ["ProbeResult", "ProbedAsyncLLM", "ProbedLLM", "engine_kwargs"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from lmprobe_tl.vllm.probes import (
     engine_kwargs,
     load_message,
 )
-from lmprobe_tl.vllm.results import ProbeResult, probe_result
+from lmprobe_tl.vllm.results import probe_result, set_result
 from lmprobe_tl.vllm.runtime import WANTS_SCORES, WANTS_STOP
 from lmprobe_tl.vllm.wire import Scores
 
@@ -128,6 +128,10 @@ def marked_sampling(params: Any, stop: bool, can_stop: bool) -> Any:
         )
     if stop and params.ignore_eos:
         raise InputError("stop=True ends a request by its end-of-sequence token, but ignore_eos is set; leave it out.")
+    if stop and params.min_tokens:
+        raise InputError(
+            f"stop=True ends a request at once, but min_tokens={params.min_tokens} has vLLM go on; leave it out."
+        )
     marked = copy.copy(params)
     marked.extra_args = {**(params.extra_args or {}), WANTS_SCORES: True, WANTS_STOP: stop}
     return marked
@@ -141,12 +145,7 @@ def attach_results(
     for completion in output.outputs:
         tokens = [*prompt, *completion.token_ids]
         result = probe_result(plan, found.get(completion.index), tokens, row=row, n_prompt=len(prompt), stops=stop, end=end)
-        _set(completion, result)
+        set_result(completion, result)
     if output.outputs:
         first = min(output.outputs, key=lambda one: one.index)
-        _set(output, first)
-
-
-def _set(target: Any, source: ProbeResult | Any) -> None:
-    for name in ProbeResult.__dataclass_fields__:
-        setattr(target, name, getattr(source, name))
+        set_result(output, first)

@@ -15,6 +15,7 @@ from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.probe_file import probe_from_bytes
 from lmprobe_tl.vllm import _compat, wire
 from lmprobe_tl.vllm.hooks import STALE_GRAPH, StaticHooks
+from lmprobe_tl.vllm.publisher import ScorePublisher
 from lmprobe_tl.vllm.runtime import RequestScores, ScoreBook
 from lmprobe_tl.vllm.steps import CacheLayout, Step
 from lmprobe_tl.vllm.structure import Structure
@@ -66,6 +67,10 @@ class ProbeWorker(_compat.worker_base()):  # type: ignore[misc]
         """The scores of requests that are over; None from a worker that keeps none."""
         return self._probes.take(payload)
 
+    def lmprobe_publish(self, payload: bytes) -> None:
+        """Send the scores of each step to an address, and keep none of finished requests."""
+        self._probes.publish(payload)
+
     def lmprobe_state(self) -> bytes:
         """Counts and sizes, and the sum of the first scores, which all ranks must agree on."""
         return self._probes.state()
@@ -89,6 +94,7 @@ class WorkerProbes:
         self._n_steps = 0
         self._ends: dict[str, tuple[int, int]] = {}  # step of the alarm, and token that ends the request
         self._plan: ScoringPlan | None = None
+        self._publisher: ScorePublisher | None = None
         self._lock = threading.Lock()  # outputs of asynchronous steps arrive on another thread
         self._waiting: deque[tuple[int, Step, _OnItsWay | None]] = deque()
 
@@ -119,7 +125,8 @@ class WorkerProbes:
                 self._hooks.set_weights(plan)
                 self._plan = plan
             self._ends = {}
-            self._book = ScoreBook(plan, self.layout, message.bos_token_id) if self.reports else None
+            keep = self._publisher is None
+            self._book = ScoreBook(plan, self.layout, message.bos_token_id, keep_finished=keep) if self.reports else None
         return wire.encode(wire.Loaded(here if self.reports else [], self._ranks.is_last_stage))
 
     # --- steps ---
@@ -145,6 +152,8 @@ class WorkerProbes:
         while self._waiting and (wait or self._waiting[0][2] is None or self._waiting[0][2].has_arrived()):
             number, step, scored = self._waiting.popleft()
             if self._book is not None:
+                if self._publisher is not None and step.finished:
+                    self._publisher.publish(self._book, step.finished, finished=True)
                 self._book.begin_step(step)
             if scored is None:
                 continue
@@ -159,6 +168,8 @@ class WorkerProbes:
                 for request_id, token in self._book.ends.items():
                     self._ends.setdefault(request_id, (number, token))
                 self._ends = {name: end for name, end in self._ends.items() if name in self._book.ends}
+                if self._publisher is not None:
+                    self._publisher.publish(self._book, scored.order)
 
     def with_ends(self, output: Any) -> Any:
         """The output of the latest step, in which alarmed requests end."""
@@ -192,6 +203,19 @@ class WorkerProbes:
                 answers.append({index: _as_wire(self._book.take(request_id)) for index, request_id in found.items()})
             self._book.drop_finished()
         return wire.encode(wire.Taken(answers))
+
+    def publish(self, payload: bytes) -> None:
+        if not self.reports:
+            return
+        address = wire.decode(payload, wire.Publish).address
+        with self._lock:
+            self._drain(wait=True)
+            old, self._publisher = self._publisher, None
+            if old is not None:
+                old.close()
+            self._publisher = None if address is None else ScorePublisher(address)
+            if self._book is not None:
+                self._book.keep_finished = self._publisher is None
 
     def state(self) -> bytes:
         with self._lock:
