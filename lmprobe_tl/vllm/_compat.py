@@ -8,9 +8,12 @@ of a step, and how request ids are extended.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ except ImportError as error:
     raise EngineError(f"vLLM cannot be imported ({error}); install it: pip install 'lmprobe-tl[vllm]'.") from error
 
 OLDEST, NEXT = (0, 32), (0, 34)
+_LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 
 def check_version() -> None:
@@ -283,6 +288,55 @@ def matching_requests(request_ids: Sequence[str], wanted: str, n: int) -> Iterat
         found = pattern.fullmatch(request_id)
         if found is not None:
             yield int(found[1] or 0), request_id
+
+
+# --- an engine for prompts alone ---------------------------------------------------------------------------------------
+
+
+def model_settings(model: str, arguments: Mapping[str, Any]) -> tuple[int, int, bool]:
+    """Of an engine that is yet to be started: how many layers its model has, how many tokens its context, and whether one
+    more can be allowed for without changing what is computed."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
+    config = EngineArgs(model=model, **known).create_model_config()
+    rope = getattr(config.hf_text_config, "rope_parameters", None) or {}
+    # 'longrope' takes other factors where the context is longer than a limit.
+    return config.get_total_num_hidden_layers(), config.max_model_len, "longrope" not in str(rope)
+
+
+@contextmanager
+def longer_context_allowed() -> Iterator[None]:
+    """For an engine that is started in the block. It refuses a prompt that fills its context, since it wants to sample a token
+    after it; that token never enters the model, so no position beyond the context is computed."""
+    before = os.environ.get(_LONGER)
+    os.environ[_LONGER] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LONGER]
+        else:
+            os.environ[_LONGER] = before
+
+
+def weight_files(config: Any) -> list[Path]:
+    """The files that an engine has its weights from, by name. EngineError where these cannot be told."""
+    model, load = config.model_config, config.load_config
+    folder = Path(model.model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(
+                model.model, revision=model.revision, cache_dir=load.download_dir, allow_patterns=_WEIGHTS, local_files_only=True
+            )
+        )
+    for pattern in _WEIGHTS:
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found
+    raise EngineError(f"{str(folder)!r} has no weights ({', '.join(_WEIGHTS)}), so which they are cannot be recorded.")
 
 
 def shut_down(llm: Any) -> None:
