@@ -31,6 +31,9 @@ FLOORS = {
         "extraction",
         "compatibility",
     }
+    | {"activation_source"}
+    | {"vllm", "vllm._compat", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes", "vllm.results", "vllm.running"}
+    | {"vllm.runtime", "vllm.slots", "vllm.structure", "vllm.wire", "vllm.worker", "vllm.activations", "vllm.engine"}
     | {"weights_fingerprint", "store.writing", "store.shards", "store.merging"}
     | {"live", "live.records", "live.reduction", "live.watches", "live.scoring_plan", "live.history", "live.crossings"}
     | {"live.rows", "live.columns", "live.run", "live.events", "live.passes", "live.residual_basis"},
@@ -51,9 +54,7 @@ FLOORS = {
         "generation",
         "scoring",
     }
-    | {"live.calibration", "live.sequences", "live.evaluation"}
-    | {"vllm", "vllm._compat", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes", "vllm.results", "vllm.running"}
-    | {"vllm.runtime", "vllm.slots", "vllm.structure", "vllm.wire", "vllm.worker"},
+    | {"live.calibration", "live.sequences", "live.evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
     6: {"colours", "report", "token_text"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}
@@ -83,7 +84,7 @@ ONLY_IN = {
     "transformers": {"monitor", "demo.train_model", "cli.options"},
     "matplotlib": {"plots"},
     "pandas": {"sweep_result"},
-    "vllm": {"vllm._compat", "vllm.offline"},
+    "vllm": {"vllm._compat", "vllm.engine", "vllm.offline"},
     "msgspec": {"vllm.wire"},
     "typer": {name for name in FLOORS[7] if name.startswith("cli.")},
     "rich": {"cli.demo", "cli.generate"} | {name for name in FLOORS[6] if name.startswith("terminal.")},

@@ -28,7 +28,7 @@ except ImportError as error:
 
 OLDEST, NEXT = (0, 32), (0, 34)
 _LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.gguf"]
 
 
 def check_version() -> None:
@@ -37,6 +37,10 @@ def check_version() -> None:
     if not OLDEST <= found < NEXT:
         low, high = (".".join(map(str, one)) for one in (OLDEST, NEXT))
         raise EngineError(f"vLLM is {vllm.__version__}; probes run inside vllm>={low},<{high}. Install one of these.")
+
+
+def version() -> str:
+    return str(vllm.__version__)
 
 
 def worker_base() -> type[Any]:
@@ -293,22 +297,24 @@ def matching_requests(request_ids: Sequence[str], wanted: str, n: int) -> Iterat
 # --- an engine for prompts alone ---------------------------------------------------------------------------------------
 
 
-def model_settings(model: str, arguments: Mapping[str, Any]) -> tuple[int, int, bool]:
-    """Of an engine that is yet to be started: how many layers its model has, how many tokens its context, and whether one
-    more can be allowed for without changing what is computed."""
+def model_settings(model: str, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Of an engine that is yet to be started: how many layers its model has, and the longest prompt that it can take."""
     from vllm.engine.arg_utils import EngineArgs
 
     known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
     config = EngineArgs(model=model, **known).create_model_config()
-    rope = getattr(config.hf_text_config, "rope_parameters", None) or {}
-    # 'longrope' takes other factors where the context is longer than a limit.
-    return config.get_total_num_hidden_layers(), config.max_model_len, "longrope" not in str(rope)
+    # One token more than the context is room for the one that is sampled. 'longrope' would compute something else with it.
+    rope = str(getattr(config.hf_text_config, "rope_parameters", None))
+    return config.get_total_num_hidden_layers(), config.max_model_len - ("longrope" in rope)
 
 
 @contextmanager
 def longer_context_allowed() -> Iterator[None]:
-    """For an engine that is started in the block. It refuses a prompt that fills its context, since it wants to sample a token
-    after it; that token never enters the model, so no position beyond the context is computed."""
+    """For an engine that is started in the block, to take a context of one token more.
+
+    An engine refuses a prompt that fills its context, since it wants to sample a token after it. That token never enters
+    the model, so no position beyond the true context is computed.
+    """
     before = os.environ.get(_LONGER)
     os.environ[_LONGER] = "1"
     try:
@@ -329,7 +335,11 @@ def weight_files(config: Any) -> list[Path]:
 
         folder = Path(
             snapshot_download(
-                model.model, revision=model.revision, cache_dir=load.download_dir, allow_patterns=_WEIGHTS, local_files_only=True
+                model.model,
+                revision=model.revision,
+                cache_dir=load.download_dir,
+                allow_patterns=_WEIGHTS,
+                local_files_only=True,
             )
         )
     for pattern in _WEIGHTS:

@@ -46,7 +46,9 @@ class ActivationBook:
         self._bos, self._max_tokens, self._device = wanted.bos_token_id, max_tokens, device
         self._hook_names = wanted.hook_points
         self._open: dict[str, OpenPrompt] = {}
-        self._pooled: dict[str, list[dict[int, Tensor]]] = {}  # hook name -> of each pooling, row -> [d_model] or [n d_model]
+        self._pooled: dict[
+            str, list[dict[int, Tensor]]
+        ] = {}  # hook name -> of each pooling, row -> [d_model] or [n d_model]
         self._rows: set[int] = set()
 
     def end_step(self, step: _compat.Step, order: Sequence[str], outputs: Mapping[str, Tensor]) -> None:
@@ -74,7 +76,9 @@ class ActivationBook:
 
     def _add_chunk(self, prompt: OpenPrompt, start: int, rows: Mapping[str, Tensor]) -> None:
         if start > prompt.n_held:
-            raise EngineError(f"tokens {prompt.n_held} to {start - 1} of prompt {prompt.row} were not computed by this engine.")
+            raise EngineError(
+                f"tokens {prompt.n_held} to {start - 1} of prompt {prompt.row} were not computed by this engine."
+            )
         if start < prompt.n_held:  # it was pushed out of the cache, and begins anew
             prompt.chunks = [{name: torch.cat([one[name] for one in prompt.chunks])[:start] for name in rows}]
         prompt.chunks.append({name: values.clone() for name, values in rows.items()})  # the next step overwrites them
@@ -98,10 +102,12 @@ class ActivationBook:
         self._rows.update(prompt.row for prompt, _ in prompts)
 
     def taken(self, n_rows: int) -> dict[str, list[bytes]]:
-        """By hook name the activations of each pooling, float32, row after row from 0 on. EngineError where one is missing."""
+        """By hook name float32 activations of each pooling, row after row from 0 on. EngineError where one is missing."""
         missing = sorted(set(range(n_rows)) - self._rows)
         if missing:
-            raise EngineError(f"the engine never computed {len(missing)} of {n_rows} prompts, the first of them {missing[0]}.")
+            raise EngineError(
+                f"the engine never computed {len(missing)} of {n_rows} prompts, the first of them {missing[0]}."
+            )
         return {
             name: [torch.cat([found[row].reshape(-1) for row in range(n_rows)]).numpy().tobytes() for found in kept]
             for name, kept in self._pooled.items()

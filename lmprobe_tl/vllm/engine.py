@@ -40,8 +40,6 @@ class ActivationEngine:
             store = extract_to_store(engine, prompts, "activations", pooling=["mean", "last_token"])
     """
 
-    name = "vllm"
-
     def __init__(self, model: str | Path, hook_points: Any = "all", **vllm_args: Any) -> None:
         from lmprobe_tl.vllm import _compat
 
@@ -51,9 +49,8 @@ class ActivationEngine:
         for key, value in _FIXED.items():
             if vllm_args.get(key, value) != value:
                 raise EngineError(f"{key} is {vllm_args[key]!r}; an engine for activations needs {value!r}. Leave it out.")
-        n_layers, context, extensible = _compat.model_settings(self.model, vllm_args)
+        n_layers, self.longest_prompt = _compat.model_settings(self.model, vllm_args)
         self.hook_points = hook_names(hook_points, n_layers)
-        self.longest_prompt = context if extensible else context - 1
         others = dict(vllm_args.get("additional_config") or {})
         if CONFIG_KEY in others:
             raise EngineError(f"additional_config has {CONFIG_KEY!r} already; leave it out.")
@@ -74,6 +71,13 @@ class ActivationEngine:
     def dtype(self) -> str:
         """In which the model computes: 'bfloat16', 'float32' or 'float16'."""
         return str(self._config.model_config.dtype).removeprefix("torch.")
+
+    @property
+    def version(self) -> str:
+        """Of vLLM."""
+        from lmprobe_tl.vllm import _compat
+
+        return _compat.version()
 
     @property
     def batching(self) -> tuple[int, int]:
@@ -125,7 +129,10 @@ class ActivationEngine:
             for indices in self._groups(rows, len(hook_points), asked):
                 group = [list(rows[index]) for index in indices]
                 found = self._collect(group, message)
-                yield indices, {name: _in_order(found[name], poolings, group, include_bos, bos_token_id) for name in hook_points}
+                yield (
+                    indices,
+                    {name: _in_order(found[name], poolings, group, include_bos, bos_token_id) for name in hook_points},
+                )
                 bar.update(len(indices))
 
     def check_hook_points(self, names: Sequence[str]) -> None:
@@ -133,11 +140,13 @@ class ActivationEngine:
         for name in names:
             if name not in self.hook_points:
                 raise InputError(
-                    f"hook point {name!r} is not one of those that this engine was started with, {', '.join(self.hook_points)}. "
-                    "Start it with all that are wanted."
+                    f"hook point {name!r} is not one of those that this engine was started with: "
+                    f"{', '.join(self.hook_points)}. Start it with all that are wanted."
                 )
 
-    def _groups(self, rows: Sequence[Sequence[int]], n_hook_points: int, asked: list[tuple[str, bool]]) -> Iterator[list[int]]:
+    def _groups(
+        self, rows: Sequence[Sequence[int]], n_hook_points: int, asked: list[tuple[str, bool]]
+    ) -> Iterator[list[int]]:
         vectors = sum(name != "all" for name, _ in asked)
         per_token = len(asked) - vectors
         group: list[int] = []
@@ -189,6 +198,14 @@ class ActivationEngine:
         self.close()
 
 
+def longest_prompt_of(model: str) -> int:
+    """Tokens of the longest prompt that an engine of this model takes."""
+    from lmprobe_tl.vllm import _compat
+
+    _compat.check_version()
+    return _compat.model_settings(model, {})[1]
+
+
 def hook_names(hook_points: Any, n_layers: int) -> tuple[str, ...]:
     """Full names of the wanted hook points; InputError for one that an engine does not have."""
     hook_points = hook_points.tolist() if hasattr(hook_points, "tolist") else hook_points
@@ -197,7 +214,11 @@ def hook_names(hook_points: Any, n_layers: int) -> tuple[str, ...]:
     listed = [hook_points] if isinstance(hook_points, (int, str)) else list(hook_points)
     names = []
     for one in listed:
-        if isinstance(one, bool) or not isinstance(one, (int, str)) or (isinstance(one, int) and not -n_layers <= one < n_layers):
+        if (
+            isinstance(one, bool)
+            or not isinstance(one, (int, str))
+            or (isinstance(one, int) and not -n_layers <= one < n_layers)
+        ):
             raise InputError(f"{one!r} is no hook point of a model with {n_layers} layers; expected a layer or a hook name.")
         names.append(f"blocks.{one % n_layers}.hook_resid_post" if isinstance(one, int) else one)
     if not names or len(set(names)) < len(names):
@@ -220,9 +241,7 @@ def _in_order(
 ) -> list[Tensor]:
     """A tensor for each pooling; found: of those with a name, and where there are functions, every token's last."""
     named = iter(found)
-    return [
-        _called(one, found[-1], rows, include_bos, bos_token_id) if callable(one) else next(named) for one in poolings
-    ]
+    return [_called(one, found[-1], rows, include_bos, bos_token_id) if callable(one) else next(named) for one in poolings]
 
 
 def _called(

@@ -77,7 +77,8 @@ class CollectedRequest(msgspec.Struct):
 
 
 class Collected(msgspec.Struct):
-    """By hook name, float32 activations of each pooling, prompt after prompt: [n_rows d_model], or of 'all' [n_tokens d_model]."""
+    """By hook name float32 activations of each pooling, prompt after prompt: [n_rows d_model], or of 'all' [n_tokens
+    d_model]."""
 
     values: dict[str, list[bytes]]
 
