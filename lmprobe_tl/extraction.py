@@ -105,7 +105,7 @@ def extract_activations(
     prompts. Beside the results, the unpooled activations of one layer and batch are the most that is in memory; a batch that
     does not fit is halved. Equal prompts are computed once.
     progress: None shows a bar on a terminal, True always, False never.
-    engine: 'vllm' computes them in a vLLM engine, in the dtype of its weights; model is then a name, a folder, or a running
+    engine: 'vllm' computes them in a vLLM engine, in the dtype of the model's files; model is then a name, a folder, or a running
     `lmprobe_tl.vllm.ActivationEngine`, of which 'all' hook points are those that it was started with. A pooling of your own
     gets one prompt at a time there.
 

@@ -297,15 +297,28 @@ def matching_requests(request_ids: Sequence[str], wanted: str, n: int) -> Iterat
 # --- an engine for prompts alone ---------------------------------------------------------------------------------------
 
 
-def model_settings(model: str, arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """Of an engine that is yet to be started: how many layers its model has, and the longest prompt that it can take."""
+@dataclass(frozen=True)
+class ModelSettings:
+    """Of a model that is yet to be loaded: its layers, the longest prompt that an engine of it can take, the dtype of its
+    files (None where its config does not say)."""
+
+    n_layers: int
+    longest_prompt: int
+    dtype: torch.dtype | None
+
+
+def model_settings(model: str, arguments: Mapping[str, Any]) -> ModelSettings:
+    """arguments: those that an engine is to be started with."""
     from vllm.engine.arg_utils import EngineArgs
 
     known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
     config = EngineArgs(model=model, **known).create_model_config()
     # One token more than the context is room for the one that is sampled. 'longrope' would compute something else with it.
     rope = str(getattr(config.hf_text_config, "rope_parameters", None))
-    return config.get_total_num_hidden_layers(), config.max_model_len - ("longrope" in rope)
+    longest = config.max_model_len - ("longrope" in rope)
+    dtypes = [getattr(one, "dtype", None) for one in (config.hf_text_config, config.hf_config)]
+    found = next((one for one in dtypes if isinstance(one, torch.dtype)), None)
+    return ModelSettings(config.get_total_num_hidden_layers(), longest, found)
 
 
 @contextmanager

@@ -32,7 +32,8 @@ class ActivationEngine:
     `extract_to_store`, several calls of them.
 
     model: a name or a local folder. hook_points: layers or names of residual streams between blocks, or 'all', the output of
-    each block. vllm_args: as for `vllm.LLM`, which stays at hand as `.llm`; max_model_len is the longest prompt.
+    each block. vllm_args: as for `vllm.LLM`, which stays at hand as `.llm`; max_model_len is the longest prompt,
+    and dtype, unless it is given, that of the model's files (vLLM would compute in bfloat16 what is stored in float32).
 
     Raises EngineError for a setting that cannot be, InputError for a hook point that an engine does not have.
 
@@ -49,8 +50,11 @@ class ActivationEngine:
         for key, value in _FIXED.items():
             if vllm_args.get(key, value) != value:
                 raise EngineError(f"{key} is {vllm_args[key]!r}; an engine for activations needs {value!r}. Leave it out.")
-        n_layers, self.longest_prompt = _compat.model_settings(self.model, vllm_args)
-        self.hook_points = hook_names(hook_points, n_layers)
+        settings = _compat.model_settings(self.model, vllm_args)
+        self.longest_prompt = settings.longest_prompt
+        self.hook_points = hook_names(hook_points, settings.n_layers)
+        if settings.dtype is not None and vllm_args.get("dtype", "auto") == "auto":
+            vllm_args["dtype"] = settings.dtype  # vLLM's own choice turns float32 into bfloat16
         others = dict(vllm_args.get("additional_config") or {})
         if CONFIG_KEY in others:
             raise EngineError(f"additional_config has {CONFIG_KEY!r} already; leave it out.")
@@ -203,7 +207,7 @@ def longest_prompt_of(model: str) -> int:
     from lmprobe_tl.vllm import _compat
 
     _compat.check_version()
-    return _compat.model_settings(model, {})[1]
+    return _compat.model_settings(model, {}).longest_prompt
 
 
 def hook_names(hook_points: Any, n_layers: int) -> tuple[str, ...]:
