@@ -62,7 +62,7 @@ class EngineSource:
     engine: Engine = "vllm"
 
     def __init__(self, given: Any, hook_points: HookPoints, max_tokens: int | None, max_rows: int | None) -> None:
-        self._options = _engine_options(max_tokens, max_rows)
+        self._options = engine_options(max_tokens, max_rows)
         self._given, self._owns = given, not is_engine(given)
         self._running: Any = None if self._owns else given
         if self._owns:
@@ -152,10 +152,14 @@ def is_engine(model: Any) -> bool:
     return hasattr(model, "pooled") and hasattr(model, "longest_prompt")
 
 
-def chosen_engine(model: Any, engine: Any) -> Engine:
-    """InputError for an engine that does not exist, or not with this model."""
+def check_engine(engine: Any) -> None:
     if engine not in (None, *ENGINES):
         raise InputError(f"engine is {engine!r}; expected {' or '.join(map(repr, ENGINES))}.")
+
+
+def chosen_engine(model: Any, engine: Any) -> Engine:
+    """InputError for an engine that does not exist, or not with this model."""
+    check_engine(engine)
     if is_engine(model):
         if engine == "transformer_lens":
             raise InputError("engine is 'transformer_lens', but the model is a vLLM engine; leave engine out.")
@@ -186,7 +190,7 @@ def _engine_name(model: str | Path) -> str:
     return str(Path(model).expanduser()) if isinstance(model, Path) or model.startswith("~") else model
 
 
-def _engine_options(max_tokens: int | None, max_rows: int | None) -> dict[str, int]:
+def engine_options(max_tokens: int | None, max_rows: int | None) -> dict[str, int]:
     """In vLLM's words."""
     check_batching(max_rows, 1 if max_tokens is None else max_tokens)
     options = {}

@@ -105,9 +105,9 @@ def extract_activations(
     prompts. Beside the results, the unpooled activations of one layer and batch are the most that is in memory; a batch that
     does not fit is halved. Equal prompts are computed once.
     progress: None shows a bar on a terminal, True always, False never.
-    engine: 'vllm' computes them in a vLLM engine, in the dtype of the model's files; model is then a name, a folder, or a running
-    `lmprobe_tl.vllm.ActivationEngine`, of which 'all' hook points are those that it was started with. A pooling of your own
-    gets one prompt at a time there.
+    engine: 'vllm' computes them in a vLLM engine, in the dtype of the model's files; model is then a name, a folder, or a
+    running `lmprobe_tl.vllm.ActivationEngine`, of which 'all' hook points are those that it was started with. A pooling of
+    your own gets one prompt at a time there.
 
     Raises InputError for prompts or names that cannot be used, and naming a prompt whose activations are not finite;
     EmptyMaskError and PromptTooLongError naming the prompts.

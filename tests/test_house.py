@@ -54,7 +54,7 @@ FLOORS = {
         "generation",
         "scoring",
     }
-    | {"live.calibration", "live.sequences", "live.evaluation"},
+    | {"live.calibration", "live.maxima", "live.sequences", "live.evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
     6: {"colours", "report", "token_text"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}
