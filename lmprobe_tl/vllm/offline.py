@@ -61,9 +61,11 @@ class ProbedLLM:
     def _load(self, weights: Any) -> None:
         self._tokenizer = None if self._config.model_config.skip_tokenizer_init else self.llm.get_tokenizer()
         check_fits_model(weights, self._config, self._tokenizer)
-        self._plan = ScoringPlan(weights)
-        message = load_message(self._plan, getattr(self._tokenizer, "bos_token_id", None))
-        self._can_stop = check_loaded(self.llm.collective_rpc("lmprobe_load", args=(message,)), self._plan)
+        plan = ScoringPlan(weights)
+        message = load_message(plan, getattr(self._tokenizer, "bos_token_id", None))
+        # Where the workers refuse them, they go on with the probes before, and so does this object.
+        self._can_stop = check_loaded(self.llm.collective_rpc("lmprobe_load", args=(message,)), plan)
+        self._plan = plan
 
     @property
     def _config(self) -> Any:
