@@ -74,7 +74,11 @@ def test_readme_opens_with_the_two_commands_and_make_has_them() -> None:
     assert re.search(r"^test:", makefile, re.MULTILINE)
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+# What needs a server runs in the lane of vLLM (tests/vllm/test_server.py).
+ALONE = sorted(set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / "vllm_client.py"})
+
+
+@pytest.mark.parametrize("example", ALONE, ids=lambda path: path.stem)
 def test_examples_run(example: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:lmprobe_tl", str(example)],

@@ -17,6 +17,7 @@ from lmprobe_tl.cli.fit import fit
 from lmprobe_tl.cli.generate import generate
 from lmprobe_tl.cli.inspect import inspect
 from lmprobe_tl.cli.score import score
+from lmprobe_tl.cli.serve import serve
 from lmprobe_tl.cli.sweep import sweep
 from lmprobe_tl.errors import LmprobeError, LmprobeWarning
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command(short_help="Run the whole job on the embedded model, without network.")(demo)
 for command in (fit, calibrate, score, generate, extract, merge, sweep, inspect):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 
 def main() -> None:

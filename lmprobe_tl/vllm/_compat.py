@@ -8,9 +8,12 @@ of a step, and how request ids are extended.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,8 @@ except ImportError as error:
     raise EngineError(f"vLLM cannot be imported ({error}); install it: pip install 'lmprobe-tl[vllm]'.") from error
 
 OLDEST, NEXT = (0, 32), (0, 34)
+_LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.gguf"]
 
 
 def check_version() -> None:
@@ -33,6 +38,10 @@ def check_version() -> None:
     if not OLDEST <= found < NEXT:
         low, high = (".".join(map(str, one)) for one in (OLDEST, NEXT))
         raise EngineError(f"vLLM is {vllm.__version__}; probes run inside vllm>={low},<{high}. Install one of these.")
+
+
+def version() -> str:
+    return str(vllm.__version__)
 
 
 def worker_base() -> type[Any]:
@@ -242,6 +251,74 @@ def client_names(request_id: str) -> Iterator[tuple[str, int, bool]]:
         yield found[1], 0, False
         if found[2] is not None:
             yield found[3], int(found[2]), True
+
+
+# --- an engine for prompts alone ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Of a model that is yet to be loaded: its layers, the longest prompt that an engine of it can take, the dtype of its
+    files (None where its config does not say)."""
+
+    n_layers: int
+    longest_prompt: int
+    dtype: torch.dtype | None
+
+
+def model_settings(model: str, arguments: Mapping[str, Any]) -> ModelSettings:
+    """arguments: those that an engine is to be started with."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
+    config = EngineArgs(model=model, **known).create_model_config()
+    # One token more than the context is room for the one that is sampled. 'longrope' would compute something else with it.
+    rope = str(getattr(config.hf_text_config, "rope_parameters", None))
+    longest = config.max_model_len - ("longrope" in rope)
+    dtypes = [getattr(one, "dtype", None) for one in (config.hf_text_config, config.hf_config)]
+    found = next((one for one in dtypes if isinstance(one, torch.dtype)), None)
+    return ModelSettings(config.get_total_num_hidden_layers(), longest, found)
+
+
+@contextmanager
+def longer_context_allowed() -> Iterator[None]:
+    """For an engine that is started in the block, to take a context of one token more.
+
+    An engine refuses a prompt that fills its context, since it wants to sample a token after it. That token never enters
+    the model, so no position beyond the true context is computed.
+    """
+    before = os.environ.get(_LONGER)
+    os.environ[_LONGER] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LONGER]
+        else:
+            os.environ[_LONGER] = before
+
+
+def weight_files(config: Any) -> list[Path]:
+    """The files that an engine has its weights from, by name. EngineError where these cannot be told."""
+    model, load = config.model_config, config.load_config
+    folder = Path(model.model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(
+                model.model,
+                revision=model.revision,
+                cache_dir=load.download_dir,
+                allow_patterns=_WEIGHTS,
+                local_files_only=True,
+            )
+        )
+    for pattern in _WEIGHTS:
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found
+    raise EngineError(f"{str(folder)!r} has no weights ({', '.join(_WEIGHTS)}), so which they are cannot be recorded.")
 
 
 def shut_down(llm: Any) -> None:

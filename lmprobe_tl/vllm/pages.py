@@ -47,6 +47,10 @@ class Pages:
             found[held] = self._pool[where[held], positions[held] % PAGE]
         return found
 
+    def gather(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """[n width] of n tokens that were written, row and position [n] each; a copy."""
+        return self._pool[self._table[rows, positions // PAGE], positions % PAGE]
+
     def free(self, row: int) -> None:
         """Forget a row."""
         if row < len(self._table):

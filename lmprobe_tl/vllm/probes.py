@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lmprobe_tl.errors import EngineError, IncompatibleProbeError, ModelMismatchWarning
+from lmprobe_tl.errors import EngineError, ModelMismatchWarning
 from lmprobe_tl.given_probes import as_probes
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.probe_file import probe_to_bytes
 from lmprobe_tl.provenance import vocabulary_fingerprint
 from lmprobe_tl.vllm import _compat, wire
-from lmprobe_tl.vllm.structure import CONFIG_KEY, ResidualPoint, Structure
+from lmprobe_tl.vllm.structure import CONFIG_KEY, WORKER_CLASS, ResidualPoint, Structure, check_shape
 from lmprobe_tl.weights import ProbeWeights
-
-WORKER_CLASS = "lmprobe_tl.vllm.worker.ProbeWorker"
 
 
 def engine_kwargs(probes: Any, *, capacity: int | None = None, **engine_args: Any) -> dict[str, Any]:
@@ -50,14 +48,7 @@ def check_fits_model(probes: Sequence[ProbeWeights], config: Any, tokenizer: Any
     vocabulary = None if tokenizer is None else vocabulary_fingerprint(tokenizer)
     for weights in probes:
         spec = weights.spec
-        for name in spec.hook_points:
-            ResidualPoint.of(name, sizes.n_layers)
-        if spec.d_model != sizes.d_model or spec.n_layers not in (None, sizes.n_layers):
-            raise IncompatibleProbeError(
-                f"probe {spec.name!r} is for a model with d_model {spec.d_model} and {spec.n_layers or 'any number of'} "
-                f"layers, but the served model has {sizes.d_model} and {sizes.n_layers}. It was trained on "
-                f"{spec.model.id or 'an unnamed model'!r}; serve that."
-            )
+        check_shape(weights, sizes.d_model, sizes.n_layers)
         served = str(config.model_config.model)
         # a folder of a hub's cache is called models--organisation--name/snapshots/revision
         names = {part.split("--")[-1] for part in Path(served).parts}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,10 +42,14 @@ def probe_result(
     n_prompt: int,
     stops: bool,
     end: int | None,
+    so_far: bool = False,
 ) -> ProbeResult:
     """scores: None where the worker knows nothing of the completion. token_ids: of prompt and generated tokens. row: what
-    alarms call the completion. stops: whether it was to end at an alarm, by the token `end`."""
+    alarms call the completion. stops: whether it was to end at an alarm, by the token `end`. so_far: leave off
+    positions whose scores are still to come."""
     n_positions = max(len(token_ids) - 1, n_prompt)
+    if so_far:
+        n_positions = 0 if scores is None else min(n_positions, scores.start + scores.n)
     logits = torch.full((n_positions, plan.n_columns), torch.nan)
     values = logits.clone()
     if scores is not None:
@@ -54,8 +59,8 @@ def probe_result(
     alarms = () if scores is None else _alarms(plan, scores, token_ids[:n_positions], row)
     ended = stops and alarms and token_ids[-1:] == [end]
     return ProbeResult(
-        {name: _squeezed(plan, name, logits[:, columns]) for name, columns in plan.columns.items()},
-        {name: _running(plan, name, values[:, columns]) for name, columns in plan.columns.items()},
+        by_probe(plan, logits),
+        running_by_probe(plan, values),
         alarms,
         int((~logits.isfinite().all(dim=1)).sum()),
         alarms[0].probe if ended else None,
@@ -63,14 +68,32 @@ def probe_result(
 
 
 def _alarms(plan: ScoringPlan, scores: Scores, token_ids: Sequence[int], row: int) -> tuple[Alarm, ...]:
-    found = []
-    for line, position, logit, value in sorted(scores.crossings, key=lambda one: (one[1], one[0])):
-        watch = plan.watches.lines[line]
-        score = float(plan.reductions[watch.probe].in_unit(torch.tensor(value), watch.unit))
-        if position < len(token_ids):
-            token = int(token_ids[position])
-            found.append(Alarm(watch.probe, row, position, token, logit, score, watch.value, watch.unit))
-    return tuple(found)
+    crossings = sorted(scores.crossings, key=lambda one: (one[1], one[0]))
+    return tuple(alarm_of(plan, one, int(token_ids[one[1]]), row) for one in crossings if one[1] < len(token_ids))
+
+
+def alarm_of(plan: ScoringPlan, crossing: tuple[int, int, float, float], token_id: int, row: int) -> Alarm:
+    """crossing: (line, position, logit, value), as a worker tells it."""
+    line, position, logit, value = crossing
+    watch = plan.watches.lines[line]
+    score = float(plan.reductions[watch.probe].in_unit(torch.tensor(value), watch.unit))
+    return Alarm(watch.probe, row, position, token_id, logit, score, watch.value, watch.unit)
+
+
+def by_probe(plan: ScoringPlan, logits: Tensor) -> dict[str, Tensor]:
+    """Logits [n n_columns] as those of each probe, [n], or [n n_classes] with several classes."""
+    return {name: _squeezed(plan, name, logits[:, columns]) for name, columns in plan.columns.items()}
+
+
+def running_by_probe(plan: ScoringPlan, values: Tensor) -> dict[str, Tensor]:
+    """Values of the online reductions [n n_columns] as running scores of each probe, shapes as in `by_probe`."""
+    return {name: _running(plan, name, values[:, columns]) for name, columns in plan.columns.items()}
+
+
+def set_result(target: Any, source: ProbeResult | Any) -> None:
+    """Give vLLM's output the attributes of a ProbeResult."""
+    for name in ProbeResult.__dataclass_fields__:
+        setattr(target, name, getattr(source, name))
 
 
 def _running(plan: ScoringPlan, name: str, values: Tensor) -> Tensor:

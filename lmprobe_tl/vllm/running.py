@@ -41,6 +41,7 @@ class RunningScores:
         self._limits = watches.values.numpy()[: watches.n_positive]
         self._crossed = np.zeros((_FIRST_ROWS, watches.n_positive), dtype=bool)
         self._crossings: dict[int, list[Crossing]] = {}
+        self.n_crossed = np.zeros(watches.n_positive, dtype=np.int64)  # by line: rows that have reached it
 
     def begin(self, row: int) -> None:
         """A new request takes this row."""
@@ -87,3 +88,4 @@ class RunningScores:
             found = float(logits[at, place, column]), float(values[at, place, column])
             self._crossings.setdefault(row, []).append(Crossing(int(line), int(positions[at, place]), *found))
             self._crossed[row, line] = True
+            self.n_crossed[line] += 1

@@ -21,7 +21,7 @@ WANTS_SCORES, WANTS_STOP = "probe_scores", "probe_stop"  # keys of a request's e
 class OpenRequest:
     """A request that has a row. done: positions that its running scores have taken in; seen: positions computed so far;
     cached: positions that the prefix cache serves, until their scores are copied; end_token: what ends it at an alarm;
-    wants_scores: whether its client reads them."""
+    wants_scores: whether its client reads them; sent, told: positions and crossings that were sent to the client."""
 
     request_id: str
     row: int
@@ -31,6 +31,8 @@ class OpenRequest:
     seen: int = 0
     cached: int = 0
     wants_scores: bool = False
+    sent: int = 0
+    told: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class RequestScores:
 class ScoreBook:
     """The scores of all requests of an engine, from the steps that it runs.
 
-    Fed in order: `begin_step` with what is scheduled, `end_step` with the logits of its tokens. cache: None for an engine
-    whose cache does not hold every token; scores of tokens that it serves are then unknown.
+    Fed in order: `begin_step` with what is scheduled, `end_step` with the logits of its tokens. layout: None for an engine
+    whose cache does not hold every token; scores of tokens that it serves are then unknown. keep_finished: False where
+    scores are read while requests run (`unsent`), so that nothing is held of those that are over.
     """
 
     plan: ScoringPlan
@@ -212,6 +215,28 @@ class ScoreBook:
     def ends(self) -> dict[str, int]:
         """Requests that an alarm has ended, with the token that ends them."""
         return dict(self._ends)
+
+    @property
+    def n_crossed(self) -> list[int]:
+        """By watched line: how many requests have reached it."""
+        return self._running.n_crossed.tolist()
+
+    def open_requests(self, request_ids: Sequence[str]) -> list[OpenRequest]:
+        """Those of them that are open and whose clients read the scores."""
+        found = (self._requests.get(name) for name in request_ids)
+        return [request for request in found if request is not None and request.wants_scores]
+
+    def unsent(self, requests: Sequence[OpenRequest]) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and values [n n_columns] of the positions that were not sent, one request after the other."""
+        sent = np.fromiter((request.sent for request in requests), dtype=np.int64, count=len(requests))
+        counts = np.fromiter((request.seen for request in requests), dtype=np.int64, count=len(requests)) - sent
+        rows = np.repeat(np.array([request.row for request in requests], dtype=np.int64), counts)
+        positions = np.repeat(sent - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        found = self._pages.gather(rows, positions)
+        return found[:, : self.plan.n_columns], found[:, self.plan.n_columns :]
+
+    def crossings_of(self, request: OpenRequest) -> Sequence[Crossing]:
+        return self._running.crossings(request.row)
 
     def scores_of(self, request: OpenRequest, start: int = 0) -> RequestScores:
         found = self._pages.read(request.row, start, request.seen)

@@ -9,8 +9,11 @@ from typing import Any, Literal, TypeAlias
 
 from lmprobe_tl.errors import EngineError, IncompatibleProbeError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
+from lmprobe_tl.weights import ProbeWeights
 
 CONFIG_KEY = "lmprobe_tl"
+WORKER_CLASS = "lmprobe_tl.vllm.worker.ProbeWorker"
+PROBES_VARIABLE = "LMPROBE_TL_PROBES"  # of the server's environment: a JSON list of paths
 FORMAT = 1
 Mode: TypeAlias = Literal["scores", "activations"]
 _HOOK_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
@@ -90,3 +93,16 @@ class Structure:
                     f"the probes have {len(hook.bias)} columns at {name!r}, but this engine was compiled for "
                     f"{self.columns[name]}. Start it with these probes, or with capacity={len(hook.bias)}."
                 )
+
+
+def check_shape(weights: ProbeWeights, d_model: int, n_layers: int) -> None:
+    """IncompatibleProbeError where a probe cannot score a model of this width and depth in an engine."""
+    spec = weights.spec
+    for name in spec.hook_points:
+        ResidualPoint.of(name, n_layers)
+    if spec.d_model != d_model or spec.n_layers not in (None, n_layers):
+        raise IncompatibleProbeError(
+            f"probe {spec.name!r} is for a model with d_model {spec.d_model} and {spec.n_layers or 'any number of'} "
+            f"layers, but the served model has {d_model} and {n_layers}. It was trained on "
+            f"{spec.model.id or 'an unnamed model'!r}; serve that."
+        )

@@ -14,7 +14,9 @@ from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.probe_file import probe_from_bytes
 from lmprobe_tl.vllm import _compat, wire
-from lmprobe_tl.vllm.hooks import STALE_GRAPH, StaticHooks
+from lmprobe_tl.vllm.activations import WorkerActivations
+from lmprobe_tl.vllm.hooks import StaticHooks
+from lmprobe_tl.vllm.publisher import ScorePublisher
 from lmprobe_tl.vllm.runtime import RequestScores, ScoreBook
 from lmprobe_tl.vllm.steps import CacheLayout, Step
 from lmprobe_tl.vllm.structure import Structure
@@ -25,35 +27,48 @@ _FIRST_SCORES = 16  # of the first step, which all tensor ranks must agree on
 class ProbeWorker(_compat.worker_base()):  # type: ignore[misc]
     """`worker_cls` of an engine with probes. Methods named `lmprobe_...` are called by `collective_rpc`."""
 
-    _lmprobe: WorkerProbes | None = None
+    _lmprobe: WorkerProbes | WorkerActivations | None = None
 
     def load_model(self, *arguments: Any, **options: Any) -> None:
         _compat.refuse_unsupported(self.vllm_config)
         super().load_model(*arguments, **options)
-        self._lmprobe = WorkerProbes(self.vllm_config, self.model_runner, self.device)
+        keeps = Structure.from_config(self.vllm_config.additional_config).mode == "activations"
+        self._lmprobe = (WorkerActivations if keeps else WorkerProbes)(self.vllm_config, self.model_runner, self.device)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
-        self._probes.layout = _compat.cache_layout(kv_cache_config)
+        self._installed.layout = _compat.cache_layout(kv_cache_config)
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self._probes.check_boot(warmed_up=bool(getattr(times, "language_model", 0.0)))
+        self._installed.check_boot(warmed_up=bool(getattr(times, "language_model", 0.0)))
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        step = self._probes.begin_step(scheduler_output)
+        step = self._installed.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)
-        self._probes.end_step(step)
-        return self._probes.with_ends(output)
+        self._installed.end_step(step)
+        return self._installed.with_ends(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        return self._probes.with_ends(super().sample_tokens(grammar_output))
+        return self._installed.with_ends(super().sample_tokens(grammar_output))
+
+    @property
+    def _installed(self) -> WorkerProbes | WorkerActivations:
+        if self._lmprobe is None:
+            raise EngineError("the model is not loaded.")
+        return self._lmprobe
 
     @property
     def _probes(self) -> WorkerProbes:
-        if self._lmprobe is None:
-            raise EngineError("the model is not loaded.")
+        if not isinstance(self._lmprobe, WorkerProbes):
+            raise EngineError("this engine was started for activations; start another one for probes.")
+        return self._lmprobe
+
+    @property
+    def _activations(self) -> WorkerActivations:
+        if not isinstance(self._lmprobe, WorkerActivations):
+            raise EngineError("this engine was started for probes; start an ActivationEngine for activations.")
         return self._lmprobe
 
     # --- remote calls: bytes in, bytes out ---
@@ -66,9 +81,21 @@ class ProbeWorker(_compat.worker_base()):  # type: ignore[misc]
         """The scores of requests that are over; None from a worker that keeps none."""
         return self._probes.take(payload)
 
+    def lmprobe_publish(self, payload: bytes) -> None:
+        """Send the scores of each step to an address, and keep none of finished requests."""
+        self._probes.publish(payload)
+
     def lmprobe_state(self) -> bytes:
         """Counts and sizes, and the sum of the first scores, which all ranks must agree on."""
         return self._probes.state()
+
+    def lmprobe_collect(self, payload: bytes) -> None:
+        """Keep the activations of the next group of prompts."""
+        self._activations.collect(payload)
+
+    def lmprobe_collected(self, payload: bytes) -> bytes | None:
+        """The pooled activations of the group; None from a worker that keeps none."""
+        return self._activations.collected(payload)
 
 
 class WorkerProbes:
@@ -89,6 +116,7 @@ class WorkerProbes:
         self._n_steps = 0
         self._ends: dict[str, tuple[int, int]] = {}  # step of the alarm, and token that ends the request
         self._plan: ScoringPlan | None = None
+        self._publisher: ScorePublisher | None = None
         self._lock = threading.Lock()  # outputs of asynchronous steps arrive on another thread
         self._waiting: deque[tuple[int, Step, _OnItsWay | None]] = deque()
 
@@ -99,9 +127,7 @@ class WorkerProbes:
 
     def check_boot(self, *, warmed_up: bool) -> None:
         """EngineError where warming up ran the model without the hooks."""
-        if warmed_up and self._hooks.by_name and not self._hooks.fires.any():
-            raise EngineError(f"the model was warmed up without the probes' hooks. {STALE_GRAPH}")
-        self._hooks.check_fired()
+        self._hooks.check_boot(warmed_up=warmed_up)
 
     def load(self, payload: bytes) -> bytes:
         message = wire.decode(payload, wire.Load)
@@ -119,7 +145,8 @@ class WorkerProbes:
                 self._hooks.set_weights(plan)
                 self._plan = plan
             self._ends = {}
-            self._book = ScoreBook(plan, self.layout, message.bos_token_id) if self.reports else None
+            keep = self._publisher is None
+            self._book = ScoreBook(plan, self.layout, message.bos_token_id, keep_finished=keep) if self.reports else None
         return wire.encode(wire.Loaded(here if self.reports else [], self._ranks.is_last_stage))
 
     # --- steps ---
@@ -145,6 +172,8 @@ class WorkerProbes:
         while self._waiting and (wait or self._waiting[0][2] is None or self._waiting[0][2].has_arrived()):
             number, step, scored = self._waiting.popleft()
             if self._book is not None:
+                if self._publisher is not None and step.finished:
+                    self._publisher.publish(self._book, step.finished, finished=True)
                 self._book.begin_step(step)
             if scored is None:
                 continue
@@ -159,6 +188,8 @@ class WorkerProbes:
                 for request_id, token in self._book.ends.items():
                     self._ends.setdefault(request_id, (number, token))
                 self._ends = {name: end for name, end in self._ends.items() if name in self._book.ends}
+                if self._publisher is not None:
+                    self._publisher.publish(self._book, scored.order)
 
     def with_ends(self, output: Any) -> Any:
         """The output of the latest step, in which alarmed requests end."""
@@ -192,6 +223,19 @@ class WorkerProbes:
                 answers.append({index: _as_wire(self._book.take(request_id)) for index, request_id in found.items()})
             self._book.drop_finished()
         return wire.encode(wire.Taken(answers))
+
+    def publish(self, payload: bytes) -> None:
+        if not self.reports:
+            return
+        address = wire.decode(payload, wire.Publish).address
+        with self._lock:
+            self._drain(wait=True)
+            old, self._publisher = self._publisher, None
+            if old is not None:
+                old.close()
+            self._publisher = None if address is None else ScorePublisher(address)
+            if self._book is not None:
+                self._book.keep_finished = self._publisher is None
 
     def state(self) -> bytes:
         with self._lock:
