@@ -83,6 +83,7 @@ class Served:
         asyncio.run(self._post(body if isinstance(body, bytes) else json.dumps(body).encode(), path, headers, method))
         start, *parts = self.sent
         assert not parts[-1].get("more_body")
+        assert len(dict(start["headers"])) == len(start["headers"]), "a header stands there twice"
         return start["status"], dict(start["headers"]), b"".join(part["body"] for part in parts)
 
     async def _post(self, body: bytes, path: str, headers: Any, method: str) -> None:

@@ -117,6 +117,18 @@ def test_who_did_not_ask_gets_nothing_and_what_nobody_expects_is_dropped() -> No
     run(test)
 
 
+def test_names_that_look_like_those_of_completions_are_not_mixed_up() -> None:
+    async def test(inbox: ScoreInbox) -> None:
+        worker, sender = Worker(), ScorePublisher(inbox.address)
+        inbox.expect("b", 1)
+        inbox.expect("1_c", 1)
+        sender.publish(worker.book, worker.step({"1_b-00000001": 3, "1_c-00000001": 2}))
+        await inbox.wait("1_c", 0, 2)
+        assert not inbox.received("b")
+
+    run(test)
+
+
 def test_the_end_of_a_request_is_told_and_nothing_of_it_is_kept() -> None:
     async def test(inbox: ScoreInbox) -> None:
         worker, sender = Worker(), ScorePublisher(inbox.address)
