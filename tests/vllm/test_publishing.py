@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import stat
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -225,6 +226,19 @@ def test_the_socket_is_private_and_goes_with_the_inbox() -> None:
 
     run(test)
     assert not folders[0].exists()
+
+
+def test_a_folder_whose_path_is_too_long_for_a_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+    async def test(inbox: ScoreInbox) -> None:
+        pytest.fail("opened")
+
+    with pytest.raises(EngineError, match="set TMPDIR to a short one"):
+        run(test)
+    assert not list(folder.iterdir())
 
 
 def test_a_name_that_is_running_is_refused() -> None:
