@@ -83,7 +83,7 @@ class ScoreInbox:
             self._socket.close()
             self._folder.cleanup()
             raise EngineError(
-                f"no socket can be opened at {self.address!r}: {error}. Where the path is too long, set TMPDIR to a short one."
+                f"no socket can be opened at {self.address!r}: {error}. If the path is too long, set TMPDIR to a short one."
             ) from error
         self._task = asyncio.create_task(self._receive())
 
