@@ -788,7 +788,7 @@ def test_inspect_prints_every_row_of_the_summary(run: Run, probes: dict[str, Pat
 
 def test_without_arguments_the_command_explains_itself(run: Run) -> None:
     assert run().fine == run("--help").fine
-    for command in ("demo", "fit", "calibrate", "score", "generate", "extract", "merge", "sweep", "inspect"):
+    for command in ("demo", "fit", "calibrate", "score", "generate", "extract", "merge", "sweep", "serve", "inspect"):
         assert re.search(rf"^  {command}\s+[A-Z].*[.]$", run().out, re.M), command
         assert "Usage:" in run(command, "--help").fine
 

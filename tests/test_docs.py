@@ -74,11 +74,10 @@ def test_readme_opens_with_the_two_commands_and_make_has_them() -> None:
     assert re.search(r"^test:", makefile, re.MULTILINE)
 
 
-# What needs a server runs in the lane of vLLM (tests/vllm/test_server.py).
-ALONE = sorted(set((ROOT / "examples").glob("*.py")) - {ROOT / "examples" / "vllm_client.py"})
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if not path.stem.startswith("vllm_")]  # of tests/vllm
 
 
-@pytest.mark.parametrize("example", ALONE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(example: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:lmprobe_tl", str(example)],

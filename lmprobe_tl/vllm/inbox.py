@@ -65,6 +65,8 @@ class ScoreInbox:
 
     Memory is bounded by these: everything else is dropped as it comes. on_packet: called with each packet. n_late: positions
     that had not come when their request was over and the waiting was, too. To be opened on a running event loop.
+
+    EngineError where no socket can be opened.
     """
 
     def __init__(self, n_columns: int, on_packet: Callable[[wire.Packet], None] | None = None) -> None:
@@ -75,7 +77,14 @@ class ScoreInbox:
         self.address = f"ipc://{Path(self._folder.name) / 'scores'}"
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(self.address)
+        try:
+            self._socket.bind(self.address)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            self._folder.cleanup()
+            raise EngineError(
+                f"no socket can be opened at {self.address!r}: {error}. If the path is too long, set TMPDIR to a short one."
+            ) from error
         self._task = asyncio.create_task(self._receive())
 
     def __len__(self) -> int:

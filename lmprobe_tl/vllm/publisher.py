@@ -43,7 +43,7 @@ class ScorePublisher:
     def _send(self, packet: wire.Packet) -> bool:
         try:
             self._socket.send(wire.encode(packet), zmq.NOBLOCK)
-        except zmq.Again:
+        except zmq.ZMQError:  # a full queue, or nobody there: no reason to stop the engine
             return False
         return True
 

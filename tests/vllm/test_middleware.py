@@ -83,6 +83,7 @@ class Served:
         asyncio.run(self._post(body if isinstance(body, bytes) else json.dumps(body).encode(), path, headers, method))
         start, *parts = self.sent
         assert not parts[-1].get("more_body")
+        assert len(dict(start["headers"])) == len(start["headers"]), "a header stands there twice"
         return start["status"], dict(start["headers"]), b"".join(part["body"] for part in parts)
 
     async def _post(self, body: bytes, path: str, headers: Any, method: str) -> None:
@@ -344,6 +345,29 @@ def test_streams_tell_what_is_new_wherever_they_are_cut(cuts: list[int]) -> None
     assert choices[-1]["probe_alarms"][0]["token_id"] == 9
     assert choices[-1]["probe_running"]["p"] == pytest.approx(1 / (1 + math.exp(-5.0)))
     assert all(one["token_ids"] is None and one["text"] == "é" for one in choices)
+
+
+def test_a_chat_begins_with_a_chunk_that_has_no_tokens() -> None:
+    """Scores are ahead of it, and then of the chunks that have tokens."""
+    role = {"index": 0, "delta": {"role": "assistant"}, "finish_reason": None}
+    chunks = [
+        {"choices": [role], "prompt_token_ids": [5, 6]},
+        {"choices": [{"index": 0, "token_ids": [7], "finish_reason": None}]},
+        {"choices": [{"index": 0, "token_ids": [8, 9, 10], "finish_reason": "length"}]},
+    ]
+    data = b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
+
+    def script(body: bytes, served: Served) -> Any:
+        served.arrive([-1.0, 2.0, -3.0, -4.0, -5.0], name="chat", of="")
+        return reply(data, kind=b"text/event-stream")
+
+    served = Served(script)
+    _, headers, body = served.post({"messages": []}, path="/v1/chat/completions")
+    assert b"content-length" not in headers
+    found = [event["choices"][0] for event in events(body)]
+    assert [score for one in found for score in one["probe_scores"]["p"]] == [-1.0, 2.0, -3.0, -4.0, -5.0]
+    assert [len(one["probe_alarms"]) for one in found] == [1, 0, 0] and found[0]["probe_alarms"][0]["token_id"] == 6
+    assert events(body)[0]["prompt_token_ids"] is None
 
 
 def test_a_request_that_fails_is_forgotten() -> None:

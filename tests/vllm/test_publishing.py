@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import stat
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -118,6 +119,18 @@ def test_who_did_not_ask_gets_nothing_and_what_nobody_expects_is_dropped() -> No
     run(test)
 
 
+def test_names_that_look_like_those_of_completions_are_not_mixed_up() -> None:
+    async def test(inbox: ScoreInbox) -> None:
+        worker, sender = Worker(), ScorePublisher(inbox.address)
+        inbox.expect("b", 1)
+        inbox.expect("1_c", 1)
+        sender.publish(worker.book, worker.step({"1_b-00000001": 3, "1_c-00000001": 2}))
+        await inbox.wait("1_c", 0, 2)
+        assert not inbox.received("b")
+
+    run(test)
+
+
 def test_the_end_of_a_request_is_told_and_nothing_of_it_is_kept() -> None:
     async def test(inbox: ScoreInbox) -> None:
         worker, sender = Worker(), ScorePublisher(inbox.address)
@@ -214,6 +227,19 @@ def test_the_socket_is_private_and_goes_with_the_inbox() -> None:
 
     run(test)
     assert not folders[0].exists()
+
+
+def test_a_folder_whose_path_is_too_long_for_a_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+    async def test(inbox: ScoreInbox) -> None:
+        pytest.fail("opened")
+
+    with pytest.raises(EngineError, match="set TMPDIR to a short one"):
+        run(test)
+    assert not list(folder.iterdir())
 
 
 def test_a_name_that_is_running_is_refused() -> None:
