@@ -62,6 +62,7 @@ class EngineSource:
     engine: Engine = "vllm"
 
     def __init__(self, given: Any, hook_points: HookPoints, max_tokens: int | None, max_rows: int | None) -> None:
+        check_installed()
         self._options = engine_options(max_tokens, max_rows)
         self._given, self._owns = given, not is_engine(given)
         self._running: Any = None if self._owns else given
@@ -155,6 +156,13 @@ def is_engine(model: Any) -> bool:
 def check_engine(engine: Any) -> None:
     if engine not in (None, *ENGINES):
         raise InputError(f"engine is {engine!r}; expected {' or '.join(map(repr, ENGINES))}.")
+
+
+def check_installed() -> None:
+    """EngineError where vLLM is missing, or is not a version that probes know."""
+    from lmprobe_tl.vllm._compat import check_version
+
+    check_version()
 
 
 def chosen_engine(model: Any, engine: Any) -> Engine:

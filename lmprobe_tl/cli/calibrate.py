@@ -95,6 +95,9 @@ def _opened(model: str | None, engine: str, weights: ProbeWeights, arguments: di
     name = model_or_demo_name(model)
     if not arguments:
         return nullcontext(name)
+    from lmprobe_tl.activation_source import check_installed
+
+    check_installed()
     from lmprobe_tl.vllm import ProbedLLM
 
     return ProbedLLM(name, probes=[weights], **arguments)

@@ -88,6 +88,9 @@ def _opened(model: str | None, engine: str, hook_points: Any, arguments: dict[st
     name = model_or_demo_name(model)
     if not arguments:
         return nullcontext(name)
+    from lmprobe_tl.activation_source import check_installed
+
+    check_installed()
     from lmprobe_tl.vllm import ActivationEngine
 
     return ActivationEngine(name, hook_points, **arguments)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmprobe_tl.activation_source import Engine, bare_model, check_engine, engine_options
+from lmprobe_tl.activation_source import Engine, bare_model, check_engine, check_installed, engine_options
 from lmprobe_tl.compatibility import check_compatible
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.hook_points import load_model
@@ -86,6 +86,7 @@ def maxima_source(
                 f"engine is 'vllm', but the model is a {type(model).__name__}; expected the name or folder of a model, or a "
                 "ProbedLLM."
             )
+        check_installed()
         from lmprobe_tl.vllm.offline import ProbedLLM
 
         with ProbedLLM(model, probes=[weights], **options) as started:

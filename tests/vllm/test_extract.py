@@ -19,6 +19,9 @@ from lmprobe_tl.demo import MODEL_FOLDER, load_demo_model
 from lmprobe_tl.errors import EmptyMaskError, EngineError, InputError, PromptTooLongError, StoreError, UnknownHookPointError
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.vllm import ActivationEngine
+from lmprobe_tl.vllm.activations import ROW, ActivationBook, OpenPrompt
+from lmprobe_tl.vllm.steps import NewRequest, Step
+from lmprobe_tl.vllm.wire import Collect
 
 SMALL: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 64, "max_num_seqs": 4, "block_size": 32, "seed": 0}
 POOLINGS = ["last_token", "first_token", "mean", "max", "min", "all"]
@@ -196,9 +199,7 @@ def test_a_compiled_graph_holds_the_hooks(alone: None, model: Any) -> None:
                 assert_same(found[name], expected[name])
 
 
-def test_groups_and_pushed_out_prompts_change_nothing(
-    engine: ActivationEngine, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_change_nothing(engine: ActivationEngine, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = extract_activations(engine, RAGGED, [0, 3], ["max", "all"])
     calls: list[int] = []
     collect = engine._collect
@@ -222,6 +223,51 @@ def test_a_model_is_named_and_its_engine_stopped(alone: None, model: Any, monkey
     found = extract_activations(MODEL_FOLDER, RAGGED[:4], 2, "mean", engine="vllm", max_tokens_per_batch=48, batch_size=3)
     assert_same(found, extract_activations(model, RAGGED[:4], 2, "mean"))
     assert len(closed) == 1 and closed[0].llm is None
+
+
+def test_prompts_that_are_pushed_out_of_the_cache_begin_anew(
+    alone: None, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of([300, 290, 310, 280, 305, 40])
+    again: list[int] = []
+    add = ActivationBook._add_chunk
+
+    def watched(self: ActivationBook, prompt: OpenPrompt, start: int, rows: Any) -> None:
+        again.append(start < prompt.n_held)
+        add(self, prompt, start, rows)
+
+    monkeypatch.setattr(ActivationBook, "_add_chunk", watched)
+    # Four prompts advance side by side, and their 1,100 tokens do not fit in 20 blocks of 32.
+    crowded = {"num_gpu_blocks_override": 20, "long_prefill_token_threshold": 16}
+    with ActivationEngine(MODEL_FOLDER, 3, enforce_eager=True, **crowded, **SMALL) as started:
+        found = extract_activations(started, prompts, pooling="all")
+    assert_same(found, extract_activations(model, prompts, 3, "all"))
+    assert any(again)
+
+
+def step_of(starts: dict[str, int], counts: dict[str, int], new: dict[str, list[int]] | None = None) -> Step:
+    requests = [NewRequest(name, row, 0, [[]], {ROW: at}, None) for at, (name, row) in enumerate((new or {}).items())]
+    return Step(sum(counts.values()), counts, starts, requests, [], [], [], [])
+
+
+def test_the_book_puts_chunks_together_and_drops_what_is_computed_again() -> None:
+    def rows_of(*ids: int) -> dict[str, torch.Tensor]:
+        return {"hook": torch.tensor([[float(one), 1.0] for one in (*ids, -99)])}  # behind them what an earlier step left
+
+    book = ActivationBook(Collect(["hook"], [("all", False), ("mean", True)], 0, [1]), 64, torch.device("cpu"))
+    new = {"a": [0, 5, 6, 7], "b": [8, 9]}
+    book.end_step(step_of({"a": 0, "b": 0}, {"a": 3, "b": 1}, new), ["b", "a"], rows_of(8, 100, 15, 16))
+    book.end_step(step_of({"a": 0}, {"a": 2}), ["a"], rows_of(0, 5))  # pushed out, and again from the beginning
+    with pytest.raises(EngineError, match="the engine never computed 2 of 2 prompts, the first of them 0"):
+        book.taken(2)
+    book.end_step(step_of({"a": 2, "b": 1, "c": 0}, {"a": 2, "b": 1, "c": 1}), ["c", "a", "b"], rows_of(50, 6, 7, 9))
+    every, means = (torch.frombuffer(bytearray(part), dtype=torch.float32).view(-1, 2) for part in book.taken(2)["hook"])
+    assert every[:, 0].tolist() == [5, 6, 7, 8, 9]
+    assert means[:, 0].tolist() == [4.5, 8.5]
+
+    late = ActivationBook(Collect(["hook"], [("mean", True)], 0, [1]), 64, torch.device("cpu"))
+    with pytest.raises(EngineError, match="tokens 0 to 1 of prompt 0 were not computed by this engine"):
+        late.end_step(step_of({"a": 2}, {"a": 2}, {"a": [0, 5, 6, 7]}), ["a"], rows_of(6, 7))
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------
