@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_plan import the_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_vllm_book import the_plan
 
 from lmprobe_tl.errors import EngineError, IncompatibleProbeError, InputError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
