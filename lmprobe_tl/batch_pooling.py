@@ -57,7 +57,7 @@ class BatchPooler:
         self.name = activation_strategy(strategy)
         self._model, self._strategy, self._centre = model, strategy, centre
         self._named = None if callable(strategy) else self.name  # a callable may be called 'all', too
-        self._sees_bos = include_bos or self._named in _SEES_BOS
+        self.sees_bos = include_bos or self._named in _SEES_BOS
 
     @property
     def keeps_tokens(self) -> bool:
@@ -65,8 +65,8 @@ class BatchPooler:
 
     def __call__(self, activations: Tensor, batch: Batch) -> Tensor:
         if self.keeps_tokens:
-            return token_activations(activations, batch, self._sees_bos, centre=self._centre)
-        mask = batch.mask(self._sees_bos, activations.device)
+            return token_activations(activations, batch, self.sees_bos, centre=self._centre)
+        mask = batch.mask(self.sees_bos, activations.device)
         if self._named in _PICKS_A_TOKEN:
             pooled = self._function(batch)(activations, mask).float()
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack, overload
 
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmprobe_tl.activation_source import Engine, EngineSource, LensSource, PooledBatch, activation_source
 from lmprobe_tl.batch_pooling import BatchPooler, Strategy, activation_poolings
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.forward_batches import Batch, run_batches
-from lmprobe_tl.hook_points import HookPoints, end_of_sequence_ids, load_model, resolve_hook_points
+from lmprobe_tl.hook_points import HookPoints, end_of_sequence_ids
 from lmprobe_tl.tokens import (
     Prompt,
     Truncation,
@@ -48,6 +49,7 @@ class ExtractedActivations:
 
 
 class _Settings(TypedDict, total=False):
+    engine: Engine | None
     max_tokens_per_batch: int | None
     batch_size: int | None
     prepend_bos: bool | None
@@ -84,6 +86,7 @@ def extract_activations(
     hook_points: HookPoints = "all",
     pooling: Strategy | list[Strategy] | tuple[Strategy, ...] = "last_token",
     *,
+    engine: Engine | None = None,
     max_tokens_per_batch: int | None = None,
     batch_size: int | None = None,
     prepend_bos: bool | None = None,
@@ -102,6 +105,9 @@ def extract_activations(
     prompts. Beside the results, the unpooled activations of one layer and batch are the most that is in memory; a batch that
     does not fit is halved. Equal prompts are computed once.
     progress: None shows a bar on a terminal, True always, False never.
+    engine: 'vllm' computes them in a vLLM engine, in the dtype of the model's files; model is then a name, a folder, or a
+    running `lmprobe_tl.vllm.ActivationEngine`, of which 'all' hook points are those that it was started with. A pooling of
+    your own gets one prompt at a time there.
 
     Raises InputError for prompts or names that cannot be used, and naming a prompt whose activations are not finite;
     EmptyMaskError and PromptTooLongError naming the prompts.
@@ -110,21 +116,21 @@ def extract_activations(
     >>> acts.values["blocks.6.hook_resid_post"].shape  # doctest: +SKIP
     torch.Size([2, 768])
     """
-    model = load_model(model)
-    names = resolve_hook_points(model, hook_points)
-    poolings: list[Strategy] = list(pooling) if isinstance(pooling, (list, tuple)) else [pooling]
-    activation_poolings(poolings)  # a typing error is cheaper to find before prompts are tokenised
-    rows = tokenize_prompts(model, prompts, prepend_bos=prepend_bos, max_length=max_length, truncation=truncation)
-    found = extract_poolings(
-        model,
-        rows,
-        names,
-        poolings,
-        include_bos=include_bos,
-        max_tokens_per_batch=max_tokens_per_batch,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    with activation_source(model, hook_points, engine, max_tokens=max_tokens_per_batch, max_rows=batch_size) as source:
+        poolings: list[Strategy] = list(pooling) if isinstance(pooling, (list, tuple)) else [pooling]
+        activation_poolings(poolings)  # a typing error is cheaper to find before prompts are tokenised
+        rows = tokenize_prompts(source.model, prompts, prepend_bos=prepend_bos, max_length=max_length, truncation=truncation)
+        found = extract_poolings(
+            source.model,
+            rows,
+            source.hook_names,
+            poolings,
+            source=source,
+            include_bos=include_bos,
+            max_tokens_per_batch=max_tokens_per_batch,
+            batch_size=batch_size,
+            progress=progress,
+        )
     return found if isinstance(pooling, (list, tuple)) else next(iter(found.values()))
 
 
@@ -145,12 +151,13 @@ def extract_poolings(
     include_bos: bool = False,
     centre: bool = False,
     first: int = 0,
+    source: LensSource | EngineSource | None = None,
     **batching: Any,
 ) -> dict[str, ExtractedActivations]:
     """`extract_activations` for rows of token ids, full hook names and several poolings, by name.
 
-    centre: subtract each token's mean over d_model first. first: what errors call the first row's prompt. batching: as in
-    `run_batches`.
+    centre: subtract each token's mean over d_model first. first: what errors call the first row's prompt. source: what
+    computes them, if it is not the model itself. batching: as in `run_batches`.
     """
     wanted = activation_poolings(poolings)
     counts = counted_lengths(rows, bos_id(model), include_bos)
@@ -166,15 +173,29 @@ def extract_poolings(
         for name, strategy in wanted.items()
     }
 
-    def keep(activations: Tensor, batch: Batch) -> list[Tensor]:
-        return [result.pooler(activations, batch) for result in results.values()]
-
     computed = [rows[index] for index in unique]
-    for batch, kept in run_batches(model, computed, hook_names, keep, numbers=numbers, **batching):
+    batches: Iterator[PooledBatch]
+    if isinstance(source, EngineSource):
+        asked = list(wanted.values())
+        batches = source.pooled(computed, asked, include_bos=include_bos, progress=batching.get("progress"))
+    else:
+        poolers = [result.pooler for result in results.values()]
+        batches = _pooled_batches(model, computed, hook_names, poolers, numbers=numbers, **batching)
+    for indices, kept in batches:
         for hook_name, pooled in kept.items():
             for result, values in zip(results.values(), pooled, strict=True):
-                result.add(hook_name, batch.indices, values.cpu(), [numbers[index] for index in batch.indices])
+                result.add(hook_name, indices, values.cpu(), [numbers[index] for index in indices])
     return {name: result.finished(rows, hook_names, occurrences) for name, result in results.items()}
+
+
+def _pooled_batches(
+    model: Any, rows: list[list[int]], hook_names: Sequence[str], poolers: Sequence[BatchPooler], **batching: Any
+) -> Iterator[PooledBatch]:
+    def keep(activations: Tensor, batch: Batch) -> list[Tensor]:
+        return [pooler(activations, batch) for pooler in poolers]
+
+    for batch, kept in run_batches(model, rows, hook_names, keep, **batching):
+        yield batch.indices, kept
 
 
 def _without_repeats(rows: list[list[int]]) -> tuple[list[int], Tensor | None]:

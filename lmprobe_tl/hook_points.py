@@ -46,8 +46,11 @@ _CENTRED_BELOW = 1e-4
 # --- the model ---------------------------------------------------------------------------------------------------------
 
 
-def load_model(model: Any) -> Any:
-    """The model itself, or one loaded by TransformerLens from a name or a local Hugging Face folder."""
+def load_model(model: Any, *, weights: bool = True) -> Any:
+    """The model itself, or one loaded by TransformerLens from a name or a local Hugging Face folder.
+
+    weights=False: for its tokenizer, config and hook points alone; its parameters take no memory, and it cannot run.
+    """
     if not isinstance(model, (str, Path)):
         if not isinstance(getattr(model, "hook_dict", None), Mapping):
             raise InputError(
@@ -64,8 +67,12 @@ def load_model(model: Any) -> Any:
         raise InputError(
             f"there is no model folder {str(model)!r}; expected a Hugging Face folder with config.json and weights."
         )
+    name = str(folder) if looks_local else str(model)
     try:
-        return TransformerBridge.boot_transformers(str(folder) if looks_local else str(model))
+        if weights:
+            return TransformerBridge.boot_transformers(name)
+        with torch.device("meta"):
+            return TransformerBridge.boot_transformers(name, load_weights=False)
     except Exception as error:  # damaged files raise errors of all kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         also = "" if folder.is_dir() else " (there is no local folder of that name either)"

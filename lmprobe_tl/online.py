@@ -103,8 +103,9 @@ class OnlineReduction:
     def grow(self, n_rows: int) -> None:
         """Have `n_rows` rows in all; those that are there keep their state."""
         more = n_rows - self._n_rows
-        self._seen = torch.cat([self._seen, self._seen.new_zeros(more, 1, 1)])
-        self._state = tuple(torch.cat(parts) for parts in zip(self._state, self._fresh(more), strict=True))
+        with torch.inference_mode(False):  # as at first: rows are written into outside of it, too
+            self._seen = torch.cat([self._seen, self._seen.new_zeros(more, 1, 1)])
+            self._state = tuple(torch.cat(parts) for parts in zip(self._state, self._fresh(more), strict=True))
         self._n_rows = n_rows
 
     def _update(self, scores: Tensor, counts: Tensor) -> Tensor:

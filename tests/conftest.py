@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing of the code
+hypothesis.settings.load_profile("any machine")
 
 WORDS = "the model reads every word of a short line and then it writes one more about cats dogs rain sun music and light"
 D_MODEL, N_LAYERS, CONTEXT = 32, 4, 96

@@ -31,6 +31,12 @@ FLOORS = {
         "extraction",
         "compatibility",
     }
+    | {"activation_source"}
+    | {"vllm", "vllm._compat", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes", "vllm.results", "vllm.running"}
+    | {"vllm.runtime", "vllm.slots", "vllm.steps", "vllm.structure", "vllm.wire", "vllm.worker", "vllm.activations"}
+    | {"vllm.engine", "vllm.connection", "vllm.inbox", "vllm.online_engine", "vllm.publisher"}
+    | {"vllm.server", "vllm.server.choices", "vllm.server.metrics", "vllm.server.middleware", "vllm.server.request"}
+    | {"vllm.server.response"}
     | {"weights_fingerprint", "store.writing", "store.shards", "store.merging"}
     | {"live", "live.records", "live.reduction", "live.watches", "live.scoring_plan", "live.history", "live.crossings"}
     | {"live.rows", "live.columns", "live.run", "live.events", "live.passes", "live.residual_basis"},
@@ -51,12 +57,7 @@ FLOORS = {
         "generation",
         "scoring",
     }
-    | {"live.calibration", "live.sequences", "live.evaluation"}
-    | {"vllm", "vllm._compat", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes", "vllm.results", "vllm.running"}
-    | {"vllm.runtime", "vllm.slots", "vllm.structure", "vllm.wire", "vllm.worker"}
-    | {"vllm.connection", "vllm.inbox", "vllm.online_engine", "vllm.publisher"}
-    | {"vllm.server", "vllm.server.choices", "vllm.server.metrics", "vllm.server.middleware", "vllm.server.request"}
-    | {"vllm.server.response"},
+    | {"live.calibration", "live.maxima", "live.sequences", "live.evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
     6: {"colours", "report", "token_text"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}
@@ -87,7 +88,7 @@ ONLY_IN = {
     "transformers": {"monitor", "demo.train_model", "cli.options"},
     "matplotlib": {"plots"},
     "pandas": {"sweep_result"},
-    "vllm": {"vllm._compat", "vllm.offline", "vllm.online_engine"},
+    "vllm": {"vllm._compat", "vllm.engine", "vllm.offline", "vllm.online_engine"},
     "msgspec": {"vllm.wire"},
     "zmq": {"vllm.inbox", "vllm.publisher"},
     "prometheus_client": {"vllm.server.metrics"},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,10 +12,14 @@ from lmprobe_tl.cli.data_files import read_prompts
 from lmprobe_tl.cli.options import (
     BatchOption,
     BosOption,
+    EngineArgsOption,
+    EngineOption,
     ModelOption,
     ProbeArgument,
+    check_engine_options,
     check_folder_of,
     load_or_demo,
+    model_or_demo_name,
 )
 from lmprobe_tl.errors import InputError
 
@@ -46,6 +51,8 @@ def calibrate(
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
     max_tokens_per_batch: BatchOption = None,
     bos: BosOption = None,
+    engine: EngineOption = "transformer_lens",
+    engine_args: EngineArgsOption = None,
 ) -> None:
     """Set the threshold of a probe file for live use, with a stated guarantee on false alarms."""
     target = probe if out is None else out
@@ -62,20 +69,38 @@ def calibrate(
     texts = read_prompts(negatives, text_column)
     positive_texts = None if positives is None else read_prompts(positives, text_column)
     goal.check(weights, texts, positive_texts)
-    calibrated = calibrate_probe(
-        load_or_demo(model),
-        weights,
-        texts,
-        fpr,
-        delta,
-        method=method,
-        positive_prompts=positive_texts,
-        min_recall=min_recall,
-        probability=probability,
-        max_tokens_per_batch=max_tokens_per_batch,
-        prepend_bos=bos,
-    )
+    arguments = check_engine_options(engine, engine_args, max_tokens_per_batch)
+    with _opened(model, engine, weights, arguments) as loaded:
+        calibrated = calibrate_probe(
+            loaded,
+            weights,
+            texts,
+            fpr,
+            delta,
+            engine=engine,  # type: ignore[arg-type]
+            method=method,
+            positive_prompts=positive_texts,
+            min_recall=min_recall,
+            probability=probability,
+            max_tokens_per_batch=max_tokens_per_batch,
+            prepend_bos=bos,
+        )
     print(f"{calibrated.save(target)}: probe {calibrated.name!r}, calibrated", *_lines(calibrated), sep="\n")
+
+
+def _opened(model: str | None, engine: str, weights: ProbeWeights, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+    """A loaded model; for vLLM its name, or where there are arguments an engine."""
+    if engine != "vllm":
+        return nullcontext(load_or_demo(model))
+    name = model_or_demo_name(model)
+    if not arguments:
+        return nullcontext(name)
+    from lmprobe_tl.activation_source import check_installed
+
+    check_installed()
+    from lmprobe_tl.vllm import ProbedLLM
+
+    return ProbedLLM(name, probes=[weights], **arguments)
 
 
 def _lines(weights: ProbeWeights) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,10 +13,14 @@ from lmprobe_tl.cli.data_files import read_prompts
 from lmprobe_tl.cli.options import (
     BatchOption,
     BosOption,
+    EngineArgsOption,
+    EngineOption,
     HookPointsOption,
     ModelOption,
+    check_engine_options,
     check_store_folder,
     load_or_demo,
+    model_or_demo_name,
     parse_hook_points,
     parse_names,
 )
@@ -42,6 +47,8 @@ def extract(
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
     max_tokens_per_batch: BatchOption = None,
     bos: BosOption = None,
+    engine: EngineOption = "transformer_lens",
+    engine_args: EngineArgsOption = None,
 ) -> None:
     """Write pooled activations of prompts to a folder, from which probes are fitted and layers compared."""
     part = _parsed_shard(shard)
@@ -53,22 +60,40 @@ def extract(
     activation_poolings(poolings)  # raises before the model is loaded
     if dtype not in DTYPES:
         raise InputError(f"--dtype is {dtype!r}; expected {', '.join(map(repr, DTYPES))}.")
-    loaded = load_or_demo(model)
+    arguments = check_engine_options(engine, engine_args, max_tokens_per_batch)
+    points = parse_hook_points(hook_points)
     from lmprobe_tl.store.writing import extract_to_store
 
-    store = extract_to_store(
-        loaded,
-        texts,
-        out,
-        parse_hook_points(hook_points),
-        poolings,
-        dtype=dtype,  # type: ignore[arg-type]
-        shard=part,
-        keep_tokens=keep_tokens,
-        max_tokens_per_batch=max_tokens_per_batch,
-        prepend_bos=bos,
-    )
+    with _opened(model, engine, points, arguments) as loaded:
+        store = extract_to_store(
+            loaded,
+            texts,
+            out,
+            points,
+            poolings,
+            engine=engine,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
+            shard=part,
+            keep_tokens=keep_tokens,
+            max_tokens_per_batch=max_tokens_per_batch,
+            prepend_bos=bos,
+        )
     print(store)
+
+
+def _opened(model: str | None, engine: str, hook_points: Any, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
+    """A loaded model; for vLLM its name, or where there are arguments an engine."""
+    if engine != "vllm":
+        return nullcontext(load_or_demo(model))
+    name = model_or_demo_name(model)
+    if not arguments:
+        return nullcontext(name)
+    from lmprobe_tl.activation_source import check_installed
+
+    check_installed()
+    from lmprobe_tl.vllm import ActivationEngine
+
+    return ActivationEngine(name, hook_points, **arguments)
 
 
 def merge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -25,6 +26,45 @@ BatchOption = Annotated[
     int | None,
     typer.Option("--max-tokens-per-batch", min=1, help="Tokens in one forward pass, pads included: 1,024 on a CPU."),
 ]
+
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="What runs the model: transformer_lens, or vllm where that is installed.")
+]
+EngineArgsOption = Annotated[
+    str | None,
+    typer.Option("--engine-args", help='Of vLLM, as JSON: \'{"dtype": "bfloat16", "tensor_parallel_size": 2}\'.'),
+]
+
+
+def check_engine_options(engine: str, engine_args: str | None, max_tokens_per_batch: int | None) -> dict[str, Any]:
+    """Arguments for the engine. InputError for options that do not go together."""
+    from lmprobe_tl.activation_source import check_engine
+
+    check_engine(engine)
+    if engine_args is None:
+        return {}
+    if engine != "vllm":
+        raise InputError("--engine-args are vLLM's; give --engine vllm too.")
+    try:
+        found = json.loads(engine_args)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f'--engine-args is {engine_args!r}; expected a JSON object, such as \'{{"dtype": "bfloat16"}}\'.')
+    if max_tokens_per_batch is not None:
+        raise InputError("--max-tokens-per-batch beside --engine-args; give max_num_batched_tokens among these instead.")
+    return found
+
+
+def model_or_demo_name(model: str | None) -> str | Path:
+    """For an engine, which loads it itself."""
+    hush()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if model is not None:
+        return model
+    from lmprobe_tl.demo import MODEL_FOLDER
+
+    return MODEL_FOLDER
 
 
 def load_or_demo(model: str | None) -> Any:

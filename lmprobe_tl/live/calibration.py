@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lmprobe_tl.activation_source import Engine
 from lmprobe_tl.calibration import (
     Calibration,
     calibrate_threshold,
@@ -20,9 +21,9 @@ from lmprobe_tl.calibration import (
 )
 from lmprobe_tl.errors import CalibrationError, CalibrationWarning, InputError
 from lmprobe_tl.given_probes import as_weights
-from lmprobe_tl.hook_points import load_model
+from lmprobe_tl.live.maxima import maxima_source
 from lmprobe_tl.probe_spec import ThresholdRecord
-from lmprobe_tl.scoring import live_unit, sequence_maxima
+from lmprobe_tl.scoring import live_unit
 from lmprobe_tl.tokens import Prompt, Truncation, check_prompts, row_digest
 from lmprobe_tl.weights import ProbeWeights
 
@@ -36,6 +37,7 @@ def calibrate_probe(
     fpr: float = 0.01,
     delta: float = 0.05,
     *,
+    engine: Engine | None = None,
     method: str = "pac",
     positive_prompts: Sequence[Prompt] | None = None,
     min_recall: float | None = None,
@@ -61,6 +63,9 @@ def calibrate_probe(
     positive_prompts: their recall at the threshold becomes the metric 'recall_at_fpr'. min_recall: an error where that is
     lower. probability: fit `ProbeWeights.calibrated_probabilities` too, which moves neither threshold nor alarms.
     prepend_bos: None does as the probe file says.
+    engine: 'vllm' takes the scores from a vLLM engine, whose dtype and kernels decide their last digits, in bfloat16 the
+    third: a threshold fits best where it was set. model is then a name, a folder, or a running `lmprobe_tl.vllm.ProbedLLM`,
+    set up as it will serve, which has its own probes again afterwards. The record's `statistic` says so.
 
     The threshold is in `live_unit(probe)`. Raises CalibrationError for too few sequences before the model runs, for a
     threshold that no score can reach, and for a recall below the target.
@@ -75,6 +80,7 @@ def calibrate_probe(
         goal,
         negative_prompts,
         positive_prompts,
+        engine=engine,
         max_tokens_per_batch=max_tokens_per_batch,
         batch_size=batch_size,
         prepend_bos=prepend_bos,
@@ -119,17 +125,24 @@ def measure_calibration(
     goal: CalibrationGoal,
     negative_prompts: Sequence[Prompt],
     positive_prompts: Sequence[Prompt] | None,
-    **scoring: Any,
+    *,
+    engine: Engine | None = None,
+    max_tokens_per_batch: int | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+    strict: bool = False,
+    **tokenizing: Any,
 ) -> Calibration:
-    """What `calibrate_probe` puts into a probe, for a goal that was checked; scoring: as in `sequence_maxima`."""
-    unit, statistic = live_unit(weights), statistic_of(weights)
-    model = load_model(model)
-    negatives = sequence_maxima(model, negative_prompts, weights, unit=unit, **scoring).numpy()
+    """What `calibrate_probe` puts into a probe, for a goal that was checked; tokenizing: as in `tokenize_prompts`."""
+    batching: dict[str, Any] = {"max_tokens_per_batch": max_tokens_per_batch, "batch_size": batch_size}
+    with maxima_source(model, weights, engine, strict=strict, **batching) as source:
+        negatives = source.of(negative_prompts, progress, **tokenizing)
+        positives = None if positive_prompts is None else source.of(positive_prompts, progress, **tokenizing)
+    unit, statistic = live_unit(weights), statistic_of(weights) + source.remark
     threshold = calibrate_threshold(negatives, goal.fpr, goal.delta, method=goal.method, unit=unit, statistic=statistic)
     _warn_of_ties(negatives, threshold)
-    if positive_prompts is None:
+    if positives is None:
         return Calibration(threshold)
-    positives = sequence_maxima(model, positive_prompts, weights, unit=unit, **scoring).numpy()
     recall = recall_at_threshold(positives, threshold)
     if goal.min_recall is not None:
         check_recall(recall, goal.min_recall, negatives, positives, threshold)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,8 @@ LENGTHS, DIGESTS, TOKENS, TOKEN_COUNTS = "lengths", "digests", "tokens", "token_
 MAX_SHARDS = 1_000_000  # also what a hostile manifest can make a reader count to
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+_ENGINE = "transformer_lens"  # of stores that do not name one
+
 StoreDtype = Literal["float32", "float16", "bfloat16"]
 
 
@@ -43,7 +45,8 @@ class StoreManifest(Record):
     prompts_per_shard: shard i holds the prompts from i * prompts_per_shard on. weights_sha256: of the model's parameters and
     buffers. bos_id, eos_ids: what the mask rules and pooling 'eos' went by. max_tokens_per_batch, batch_size: on which the
     last digits depend. keeps_tokens: whether token ids, and so the text, can be read from the store. versions: of the
-    software that began the store, the one thing here that may differ when it is continued.
+    software that began the store, the one thing here that may differ when it is continued. engine: what ran the model; its
+    kernels round in their own way. A store without that entry is TransformerLens', and stays so.
     """
 
     n_prompts: int
@@ -67,6 +70,17 @@ class StoreManifest(Record):
     bos_id: int | None
     eos_ids: tuple[int, ...]
     versions: Mapping[str, str]
+    engine: Literal["transformer_lens", "vllm"] = "transformer_lens"
+
+    def to_dict(self) -> dict[str, Any]:
+        found = super().to_dict()
+        if self.engine == _ENGINE:
+            del found["engine"]
+        return found
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        return super().from_dict({"engine": _ENGINE, **data} if isinstance(data, Mapping) else data)
 
     def _validate(self) -> None:
         for name in ("n_prompts", "prompts_per_shard", "max_tokens_per_batch", "d_model", "n_layers"):
@@ -88,7 +102,7 @@ class StoreManifest(Record):
 
     def differences(self, other: StoreManifest) -> list[str]:
         """What differs from another manifest, apart from software versions: 'dtype: float16, not float32'."""
-        mine, others = _flat(self.to_dict()), _flat(other.to_dict())
+        mine, others = ({"engine": one.engine} | _flat(one.to_dict()) for one in (self, other))
         return [
             f"{name}: {_difference(mine[name], others[name])}"
             for name in mine

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lmprobe_tl.activation_source import EngineSource, LensSource
 from lmprobe_tl.activation_store import ActivationStore
 from lmprobe_tl.errors import InputError, StoreError
 from lmprobe_tl.extraction import extract_poolings
@@ -58,9 +59,14 @@ class ShardWriter:
     """Computes shards of a store whose manifest is in place."""
 
     def __init__(
-        self, model: Any, prompts: Sequence[Prompt], folder: Path, manifest: StoreManifest, tokenizing: dict[str, Any]
+        self,
+        source: LensSource | EngineSource,
+        prompts: Sequence[Prompt],
+        folder: Path,
+        manifest: StoreManifest,
+        tokenizing: dict[str, Any],
     ) -> None:
-        self._model, self._prompts, self._folder, self._manifest = model, prompts, folder, manifest
+        self._source, self._prompts, self._folder, self._manifest = source, prompts, folder, manifest
         self._tokenizing = tokenizing
 
     @cached_property
@@ -107,7 +113,7 @@ class ShardWriter:
     def _rows(self, shard: int) -> list[list[int]]:
         members = self._manifest.prompts_of(shard)
         prompts = [self._prompts[index] for index in members]
-        return tokenize_prompts(self._model, prompts, first=members.start, **self._tokenizing)
+        return tokenize_prompts(self._source.model, prompts, first=members.start, **self._tokenizing)
 
     def _is_done(self, shard: int, rows: list[list[int]]) -> bool:
         path = shard_path(self._folder, shard)
@@ -124,10 +130,11 @@ class ShardWriter:
     def _compute(self, shard: int, rows: list[list[int]]) -> None:
         manifest, members = self._manifest, self._manifest.prompts_of(shard)
         found = extract_poolings(
-            self._model,
+            self._source.model,
             rows,
             manifest.hook_points,
             [f"activation:{name}" if name != "all" else name for name in manifest.poolings],
+            source=self._source,
             include_bos=manifest.include_bos,
             max_tokens_per_batch=manifest.max_tokens_per_batch,
             batch_size=manifest.batch_size,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lmprobe_tl.activation_source import Engine, activation_source, chosen_engine
 from lmprobe_tl.activation_store import ActivationStore
 from lmprobe_tl.batch_pooling import Strategy, activation_poolings
 from lmprobe_tl.errors import InputError, StoreError
@@ -18,10 +19,8 @@ from lmprobe_tl.hook_points import (
     HookPoints,
     end_of_sequence_ids,
     layer_count,
-    load_model,
     model_record,
     normalization,
-    resolve_hook_points,
     width,
 )
 from lmprobe_tl.provenance import package_versions
@@ -37,15 +36,12 @@ from lmprobe_tl.tokens import (
     Prompt,
     Truncation,
     bos_id,
-    check_batching,
     check_prompts,
     counted_lengths,
     length_limit,
-    token_budget,
     tokenize_prompts,
     tokenizer_record,
 )
-from lmprobe_tl.weights_fingerprint import weights_sha256
 
 # Of a default shard, which is held in memory while it is made, as tensors and as bytes, and lost when the process is killed.
 SHARD_BYTES = 2 * 2**20
@@ -62,6 +58,7 @@ def extract_to_store(
     hook_points: HookPoints = "all",
     pooling: Strategy | Sequence[Strategy] = "last_token",
     *,
+    engine: Engine | None = None,
     dtype: StoreDtype = "float32",
     shard: tuple[int, int] | None = None,
     keep_tokens: bool = False,
@@ -85,57 +82,70 @@ def extract_to_store(
     they cannot, `merge_stores` puts their folders together. keep_tokens: store the token ids, which a tokenizer turns back
     into the text; without it the store holds no text.
 
+    engine: as in `extract_activations`. A store goes on with the engine that began it.
+
     Raises StoreError for a folder that holds something else, saying what differs, and InputError for what cannot be used.
 
     >>> store = extract_to_store(model, prompts, "activations", hook_points="all", pooling=["mean", "all"])  # doctest: +SKIP
     """
-    model, folder = load_model(model), Path(path)
-    names = resolve_hook_points(model, hook_points)
-    poolings = _named_poolings(pooling)
+    folder, poolings = Path(path), _named_poolings(pooling)
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; expected {', '.join(map(repr, DTYPES))}.")
     prompts = _checked_sequence(prompts)
     worker, n_workers = _checked_shard(shard)
-    _refuse_other_hooks(model)
-    # What cannot be is found before a manifest with it lies in the folder.
-    max_tokens_per_batch = token_budget(model, max_tokens_per_batch)
-    check_batching(batch_size, max_tokens_per_batch)
-    length_limit(model, max_length)
-    tokenizing: dict[str, Any] = {"prepend_bos": prepend_bos, "max_length": max_length, "truncation": truncation}
     existing = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    if prompts_per_shard is None and existing is not None:
-        prompts_per_shard = existing.prompts_per_shard
-    if prompts_per_shard is None:
-        prompts_per_shard = _default_prompts_per_shard(
-            model, prompts, len(names), poolings, dtype, n_workers, include_bos, max_tokens_per_batch, tokenizing
+    _refuse_other_engine(folder, existing, chosen_engine(model, engine))
+    with activation_source(model, hook_points, engine, max_tokens=max_tokens_per_batch, max_rows=batch_size) as source:
+        model = source.model
+        _refuse_other_hooks(model)
+        # What cannot be is found before a manifest with it lies in the folder.
+        length_limit(model, max_length)
+        max_tokens_per_batch, batch_size = source.batching(max_tokens_per_batch, batch_size)
+        tokenizing: dict[str, Any] = {"prepend_bos": prepend_bos, "max_length": max_length, "truncation": truncation}
+        if prompts_per_shard is None and existing is not None:
+            prompts_per_shard = existing.prompts_per_shard
+        if prompts_per_shard is None:
+            n_points = len(source.hook_names)
+            prompts_per_shard = _default_prompts_per_shard(
+                model, prompts, n_points, poolings, dtype, n_workers, include_bos, max_tokens_per_batch, tokenizing
+            )
+        manifest = StoreManifest(
+            n_prompts=len(prompts),
+            prompts_per_shard=prompts_per_shard,
+            hook_points=source.hook_names,
+            poolings=poolings,
+            dtype=dtype,
+            include_bos=include_bos,
+            keeps_tokens=keep_tokens,
+            max_length=max_length,
+            truncation=truncation,
+            max_tokens_per_batch=max_tokens_per_batch,
+            batch_size=batch_size,
+            model=model_record(model),
+            model_dtype=source.dtype,
+            weights_sha256=source.weights_sha256(),
+            d_model=width(model),
+            n_layers=layer_count(model),
+            normalization=normalization(model),
+            tokenizer=tokenizer_record(model, prepend_bos),
+            bos_id=bos_id(model),
+            eos_ids=end_of_sequence_ids(model),
+            versions={**package_versions(), **source.versions()},
+            engine=source.engine,
         )
-    manifest = StoreManifest(
-        n_prompts=len(prompts),
-        prompts_per_shard=prompts_per_shard,
-        hook_points=names,
-        poolings=poolings,
-        dtype=dtype,
-        include_bos=include_bos,
-        keeps_tokens=keep_tokens,
-        max_length=max_length,
-        truncation=truncation,
-        max_tokens_per_batch=max_tokens_per_batch,
-        batch_size=batch_size,
-        model=model_record(model),
-        model_dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        weights_sha256=weights_sha256(model),
-        d_model=width(model),
-        n_layers=layer_count(model),
-        normalization=normalization(model),
-        tokenizer=tokenizer_record(model, prepend_bos),
-        bos_id=bos_id(model),
-        eos_ids=end_of_sequence_ids(model),
-        versions=package_versions(),
-    )
-    claim(folder, manifest, existing)
-    own = range(worker, manifest.n_shards, n_workers)
-    ShardWriter(model, prompts, folder, manifest, tokenizing).write(own, progress)
+        claim(folder, manifest, existing)
+        own = range(worker, manifest.n_shards, n_workers)
+        ShardWriter(source, prompts, folder, manifest, tokenizing).write(own, progress)
     return ActivationStore(folder)
+
+
+def _refuse_other_engine(folder: Path, existing: StoreManifest | None, engine: Engine) -> None:
+    """Before an engine is started, which takes long."""
+    if existing is not None and existing.engine != engine:
+        raise StoreError(
+            f"{str(folder)!r} was begun with engine {existing.engine!r}, and cannot go on with {engine!r}, whose kernels "
+            f"round in another way. Pass engine={existing.engine!r}, or choose another folder."
+        )
 
 
 def _checked_sequence(prompts: Any) -> Sequence[Prompt]:

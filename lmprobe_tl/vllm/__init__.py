@@ -1,17 +1,24 @@
-"""Probes inside vLLM: the same files, scored in the compiled graph while it serves."""
+"""Probes inside vLLM: the same files, scored in the compiled graph while it serves; and activations to train them on."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lmprobe_tl.vllm.engine import ActivationEngine
     from lmprobe_tl.vllm.offline import ProbedLLM
     from lmprobe_tl.vllm.online_engine import ProbedAsyncLLM
     from lmprobe_tl.vllm.probes import engine_kwargs
     from lmprobe_tl.vllm.results import ProbeResult
 
-_HOMES = {"ProbeResult": "results", "ProbedAsyncLLM": "online_engine", "ProbedLLM": "offline", "engine_kwargs": "probes"}
+_HOMES = {
+    "ActivationEngine": "engine",
+    "ProbeResult": "results",
+    "ProbedAsyncLLM": "online_engine",
+    "ProbedLLM": "offline",
+    "engine_kwargs": "probes",
+}
 
-__all__ = ["ProbeResult", "ProbedAsyncLLM", "ProbedLLM", "engine_kwargs"]
+__all__ = ["ActivationEngine", "ProbeResult", "ProbedAsyncLLM", "ProbedLLM", "engine_kwargs"]
 
 
 def __getattr__(name: str) -> Any:

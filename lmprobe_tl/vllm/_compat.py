@@ -8,18 +8,28 @@ of a step, and how request ids are extended.
 from __future__ import annotations
 
 import inspect
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import vllm
 from torch import Tensor, nn
 
 from lmprobe_tl.errors import EngineError
+from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
+
+try:
+    import vllm
+except ImportError as error:
+    raise EngineError(f"vLLM cannot be imported ({error}); install it: pip install 'lmprobe-tl[vllm]'.") from error
 
 OLDEST, NEXT = (0, 32), (0, 34)
+_LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.gguf"]
 
 
 def check_version() -> None:
@@ -28,6 +38,10 @@ def check_version() -> None:
     if not OLDEST <= found < NEXT:
         low, high = (".".join(map(str, one)) for one in (OLDEST, NEXT))
         raise EngineError(f"vLLM is {vllm.__version__}; probes run inside vllm>={low},<{high}. Install one of these.")
+
+
+def version() -> str:
+    return str(vllm.__version__)
 
 
 def worker_base() -> type[Any]:
@@ -124,38 +138,6 @@ def input_reader(layer: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]]
 # --- a step ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NewRequest:
-    """A request on its first step, or one that begins anew after it was pushed out of the KV cache.
-
-    n_cached: positions that the prefix cache serves. options: what the client asked of the worker (`extra_args`).
-    """
-
-    request_id: str
-    prompt_token_ids: Sequence[int]
-    n_cached: int
-    blocks: Sequence[Sequence[int]]
-    options: Mapping[str, Any]
-    eos_token_id: int | None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What the scheduler asks of a worker. counts, starts: new tokens of each request, and the position of the first.
-
-    resumed: blocks and cached positions of requests that come back. grown: new blocks. copies: (from, to) of blocks.
-    """
-
-    n_tokens: int
-    counts: Mapping[str, int]
-    starts: Mapping[str, int]
-    new: Sequence[NewRequest]
-    resumed: Sequence[tuple[str, Sequence[Sequence[int]], int]]
-    grown: Sequence[tuple[str, Sequence[Sequence[int]]]]
-    finished: Sequence[str]
-    copies: Sequence[tuple[int, int]]
-
-
 def step_of(output: Any) -> Step:
     cached = output.scheduled_cached_reqs
     starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -231,15 +213,6 @@ def pending_output(inner: Any, finish: Callable[[Any], Any]) -> Any:
 # --- the KV cache, ranks and names -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class CacheLayout:
-    """The group of layers whose blocks hold every token of a request as long as it runs."""
-
-    group: int
-    block_size: int
-    n_blocks: int
-
-
 def cache_layout(kv_cache_config: Any) -> CacheLayout | None:
     """None for a model without full attention, whose cache forgets early tokens."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
@@ -268,26 +241,84 @@ def ranks() -> Ranks:
     return Ranks(get_tp_group().rank_in_group, pipeline.rank_in_group, pipeline.is_last_rank)
 
 
-def matching_requests(request_ids: Sequence[str], wanted: str, n: int) -> Iterator[tuple[int, str]]:
-    """(index of the completion, internal id) of a request that the client calls `wanted`, of n completions.
+def client_names(request_id: str) -> Iterator[tuple[str, int, bool]]:
+    """What a client may call the request with this internal id: (name, index of the completion, is one of several).
 
     vLLM adds eight hex digits, and before them the number of the completion where there are several.
     """
-    prefix = r"(\d+)_" if n > 1 else "()"
-    pattern = re.compile(rf"{prefix}{re.escape(wanted)}-[0-9a-f]{{8}}")
-    for request_id in request_ids:
-        found = pattern.fullmatch(request_id)
-        if found is not None:
-            yield int(found[1] or 0), request_id
-
-
-def client_names(request_id: str) -> Iterator[tuple[str, int, bool]]:
-    """What a client may call the request with this internal id: (name, index of the completion, is one of several)."""
     found = re.fullmatch(r"((?:(\d+)_)?(.+))-[0-9a-f]{8}", request_id)
     if found is not None:
         yield found[1], 0, False
         if found[2] is not None:
             yield found[3], int(found[2]), True
+
+
+# --- an engine for prompts alone ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Of a model that is yet to be loaded: its layers, the longest prompt that an engine of it can take, the dtype of its
+    files (None where its config does not say)."""
+
+    n_layers: int
+    longest_prompt: int
+    dtype: torch.dtype | None
+
+
+def model_settings(model: str, arguments: Mapping[str, Any]) -> ModelSettings:
+    """arguments: those that an engine is to be started with."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {name: value for name, value in arguments.items() if name in EngineArgs.__dataclass_fields__}
+    config = EngineArgs(model=model, **known).create_model_config()
+    # One token more than the context is room for the one that is sampled. 'longrope' would compute something else with it.
+    rope = str(getattr(config.hf_text_config, "rope_parameters", None))
+    longest = config.max_model_len - ("longrope" in rope)
+    dtypes = [getattr(one, "dtype", None) for one in (config.hf_text_config, config.hf_config)]
+    found = next((one for one in dtypes if isinstance(one, torch.dtype)), None)
+    return ModelSettings(config.get_total_num_hidden_layers(), longest, found)
+
+
+@contextmanager
+def longer_context_allowed() -> Iterator[None]:
+    """For an engine that is started in the block, to take a context of one token more.
+
+    An engine refuses a prompt that fills its context, since it wants to sample a token after it. That token never enters
+    the model, so no position beyond the true context is computed.
+    """
+    before = os.environ.get(_LONGER)
+    os.environ[_LONGER] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LONGER]
+        else:
+            os.environ[_LONGER] = before
+
+
+def weight_files(config: Any) -> list[Path]:
+    """The files that an engine has its weights from, by name. EngineError where these cannot be told."""
+    model, load = config.model_config, config.load_config
+    folder = Path(model.model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(
+            snapshot_download(
+                model.model,
+                revision=model.revision,
+                cache_dir=load.download_dir,
+                allow_patterns=_WEIGHTS,
+                local_files_only=True,
+            )
+        )
+    for pattern in _WEIGHTS:
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found
+    raise EngineError(f"{str(folder)!r} has no weights ({', '.join(_WEIGHTS)}), so which they are cannot be recorded.")
 
 
 def shut_down(llm: Any) -> None:

@@ -95,9 +95,19 @@ class StaticHooks:
         found = [(self.by_name[name].output, len(hook.bias)) for name, hook in plan.hooks.items()]
         return [output[:n_tokens, :columns].unsqueeze(0) for output, columns in found]
 
+    def counts(self) -> list[int]:
+        """How many forward passes each hook has seen."""
+        return self.fires[: len(self.by_name)].tolist()
+
+    def check_boot(self, *, warmed_up: bool) -> None:
+        """EngineError where warming up ran the model without the hooks."""
+        if warmed_up and self.by_name and not self.fires.any():
+            raise EngineError(f"the model was warmed up without the probes' hooks. {STALE_GRAPH}")
+        self.check_fired()
+
     def check_fired(self) -> None:
         """EngineError where the model has run without some of the hooks."""
-        fires = self.fires[: len(self.by_name)].tolist()
+        fires = self.counts()
         if any(fires) and not all(fires):
             silent = list(self.by_name)[fires.index(0)]
             raise EngineError(f"the model ran without the probes' hook at {silent!r}. {STALE_GRAPH}")
@@ -105,7 +115,11 @@ class StaticHooks:
 
 def _hook_output(layer: nn.Module, use: Any) -> None:
     def after(module, args, output):  # type: ignore[no-untyped-def]
-        use(output[0] + output[1] if isinstance(output, tuple) else output)
+        if not isinstance(output, tuple):
+            use(output)
+        else:  # what the block adds, and the stream that it is added to
+            added, stream = output
+            use(added if stream is None else added + stream)
 
     layer.register_forward_hook(after)
 

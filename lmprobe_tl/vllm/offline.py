@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from lmprobe_tl.errors import EngineError, InputError
 from lmprobe_tl.given_probes import as_probes
@@ -21,6 +27,9 @@ from lmprobe_tl.vllm.probes import (
 from lmprobe_tl.vllm.results import probe_result, set_result
 from lmprobe_tl.vllm.runtime import WANTS_SCORES, WANTS_STOP
 from lmprobe_tl.vllm.wire import Scores
+from lmprobe_tl.weights import ProbeWeights
+
+_ROWS_AT_ONCE = 256
 
 
 class ProbedLLM:
@@ -52,9 +61,10 @@ class ProbedLLM:
     def _load(self, weights: Any) -> None:
         self._tokenizer = None if self._config.model_config.skip_tokenizer_init else self.llm.get_tokenizer()
         check_fits_model(weights, self._config, self._tokenizer)
-        self._plan = ScoringPlan(weights)
-        message = load_message(self._plan, getattr(self._tokenizer, "bos_token_id", None))
-        self._can_stop = check_loaded(self.llm.collective_rpc("lmprobe_load", args=(message,)), self._plan)
+        plan = ScoringPlan(weights)
+        message = load_message(plan, getattr(self._tokenizer, "bos_token_id", None))
+        self._can_stop = check_loaded(self.llm.collective_rpc("lmprobe_load", args=(message,)), plan)
+        self._plan = plan  # not before the workers have taken it: a refusal leaves the probes that are there
 
     @property
     def _config(self) -> Any:
@@ -90,7 +100,64 @@ class ProbedLLM:
         self._attach(outputs, every, stop)
         return outputs
 
+    @property
+    def probes(self) -> list[ProbeWeights]:
+        """Those that it scores with."""
+        return list(self._plan.probes.values())
+
+    @property
+    def model(self) -> str:
+        return str(self._config.model_config.model)
+
+    @property
+    def dtype(self) -> str:
+        """In which the model computes: 'bfloat16', 'float32' or 'float16'."""
+        return str(self._config.model_config.dtype).removeprefix("torch.")
+
+    @property
+    def longest_prompt(self) -> int:
+        """With room for the one token that is always generated."""
+        return self._config.model_config.max_model_len - 1
+
+    def sequence_maxima(
+        self, rows: Sequence[Sequence[int]], name: str, unit: str, *, progress: bool | None = None
+    ) -> Tensor:
+        """The running maximum of a binary probe's live score over each row of token ids, [n_rows] float32.
+
+        unit: 'logit' or 'probability'. NaN for a row in which nothing counts. EngineError for one with a token that has no
+        score.
+        """
+        from vllm import SamplingParams
+
+        params = marked_sampling(SamplingParams(max_tokens=1, temperature=0.0, detokenize=False), False, self._can_stop)
+        maxima = torch.full((len(rows),), torch.nan)
+        hidden = None if progress is None else not progress
+        with tqdm(total=len(rows), desc="scores", unit="prompt", disable=hidden, leave=False) as bar:
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                group = [list(row) for row in rows[start : start + _ROWS_AT_ONCE]]
+                outputs = self.llm.generate([{"prompt_token_ids": row} for row in group], params, use_tqdm=False)
+                for index, (row, found) in enumerate(
+                    zip(group, self._take(outputs, [params] * len(group)), strict=True), start
+                ):
+                    maxima[index] = self._maximum(found.get(0), len(row), name)
+                bar.update(len(group))
+        return self._plan.reductions[name].in_unit(maxima, unit)
+
+    def _maximum(self, scores: Scores | None, n_tokens: int, name: str) -> float:
+        """Of the values of the probe's online reduction."""
+        found = None if scores is None else scores.arrays()
+        if found is None or len(found[0]) != n_tokens or not np.isfinite(found[0]).all():
+            raise EngineError(f"a token of a prompt of {n_tokens} has no score, so its running maximum is not known.")
+        counted = found[1][:, self._plan.columns[name]]
+        counted = counted[~np.isnan(counted) & (counted != -np.inf)]
+        return float(counted.max()) if len(counted) else math.nan
+
     def _attach(self, outputs: Sequence[Any], sampling: Sequence[Any], stop: bool) -> None:
+        for row, (output, found) in enumerate(zip(outputs, self._take(outputs, sampling), strict=True)):
+            attach_results(self._plan, output, found, row=row, stop=stop, end=getattr(self._tokenizer, "eos_token_id", None))
+
+    def _take(self, outputs: Sequence[Any], sampling: Sequence[Any]) -> list[dict[int, Scores]]:
+        """Of each request, its completions' scores by index."""
         if not self._agreed:
             answers = self.llm.collective_rpc("lmprobe_state")
             check_agreement([wire.decode(answer, wire.State) for answer in answers])
@@ -98,8 +165,7 @@ class ProbedLLM:
         wanted = [(output.request_id, params.n) for output, params in zip(outputs, sampling, strict=True)]
         answers = self.llm.collective_rpc("lmprobe_take", args=(wire.encode(wire.Take(wanted)),))
         (answer,) = [found for found in answers if found is not None]
-        for row, (output, found) in enumerate(zip(outputs, wire.decode(answer, wire.Taken).answers, strict=True)):
-            attach_results(self._plan, output, found, row=row, stop=stop, end=getattr(self._tokenizer, "eos_token_id", None))
+        return wire.decode(answer, wire.Taken).answers
 
     def close(self) -> None:
         """Shut the engine down and free its memory."""

@@ -24,6 +24,7 @@ def engine_kwargs(probes: Any, *, capacity: int | None = None, **engine_args: An
     engine_args: vLLM's own, which come back with `worker_cls` and `additional_config` filled in. EngineError where these are
     taken.
     """
+    _compat.check_version()
     plan = ScoringPlan(as_probes(probes))
     for name in plan.hooks:
         ResidualPoint.of(name)
@@ -48,9 +49,11 @@ def check_fits_model(probes: Sequence[ProbeWeights], config: Any, tokenizer: Any
     for weights in probes:
         spec = weights.spec
         check_shape(weights, sizes.d_model, sizes.n_layers)
-        served = Path(str(config.model_config.model)).name
+        served = str(config.model_config.model)
+        # a folder of a hub's cache is called models--organisation--name/snapshots/revision
+        names = {part.split("--")[-1] for part in Path(served).parts}
         trained = spec.model.id
-        if trained is not None and trained.split("/")[-1] != served:
+        if trained is not None and trained.split("/")[-1] not in names:
             _warn(f"probe {spec.name!r}: trained on {trained!r}, served is {served!r}, a model of the same shape.")
         fingerprint = spec.tokenizer.fingerprint
         if fingerprint is not None and vocabulary is not None and fingerprint != vocabulary:

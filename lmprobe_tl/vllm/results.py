@@ -56,7 +56,7 @@ def probe_result(
         found = [torch.from_numpy(part[: n_positions - scores.start].copy()) for part in scores.arrays()]
         stop = scores.start + len(found[0])
         logits[scores.start : stop], values[scores.start : stop] = found
-    alarms = () if scores is None else _alarms(plan, scores, token_ids, row)
+    alarms = () if scores is None else _alarms(plan, scores, token_ids[:n_positions], row)
     ended = stops and alarms and token_ids[-1:] == [end]
     return ProbeResult(
         by_probe(plan, logits),

@@ -45,7 +45,7 @@ class RunningScores:
 
     def begin(self, row: int) -> None:
         """A new request takes this row."""
-        if row >= self._n_rows:
+        while row >= self._n_rows:
             more = np.zeros((self._n_rows, self._crossed.shape[1]), dtype=bool)
             self._crossed = np.concatenate([self._crossed, more])
             self._n_rows *= 2

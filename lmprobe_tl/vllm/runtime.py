@@ -9,13 +9,12 @@ import numpy as np
 
 from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
-from lmprobe_tl.vllm._compat import CacheLayout, NewRequest, Step
 from lmprobe_tl.vllm.pages import Pages
 from lmprobe_tl.vllm.running import Crossing, RunningScores
 from lmprobe_tl.vllm.slots import SlotCache
+from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
 
 WANTS_SCORES, WANTS_STOP = "probe_scores", "probe_stop"  # keys of a request's extra_args, each true or false
-_MOST_FINISHED = 100_000  # requests whose scores nobody has fetched
 
 
 @dataclass
@@ -112,7 +111,7 @@ class ScoreBook:
         positions = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(len(logits))
         if self._slots is not None:
             self._slots.write(token_rows, positions, logits)
-        self._score(known, rows, counts, starts, positions, token_rows, logits)
+        self._score(known, rows, counts, starts, logits)
         return known
 
     def _score(
@@ -121,28 +120,30 @@ class ScoreBook:
         rows: np.ndarray,
         counts: np.ndarray,
         starts: np.ndarray,
-        positions: np.ndarray,
-        token_rows: np.ndarray,
         logits: np.ndarray,
     ) -> None:
         done = np.fromiter((request.done for request in requests), dtype=np.int64, count=len(requests))
-        if (counts == 1).all() and (starts == done).all():  # every request is decoding, as in nearly all steps
-            is_bos = np.zeros((len(rows), 1), dtype=bool)
-            if not starts.all():
-                is_bos[:, 0] = [start == 0 and request.has_bos for start, request in zip(starts, requests, strict=True)]
-            values = self._running.update(rows, logits[:, None], positions[:, None], is_bos)[:, 0]
-            self._pages.write(token_rows, positions, np.concatenate([logits, values], axis=1))
-            self._count(logits)
-        else:
-            begin = 0
-            for request, count, start in zip(requests, counts.tolist(), starts.tolist(), strict=True):
-                self._score_one(request, start, logits[begin : begin + count])
-                begin += count
+        ends = np.cumsum(counts)
+        is_next = (counts == 1) & (starts == done)  # decoding, as nearly all do: scored together
+        together, others = np.flatnonzero(is_next), np.flatnonzero(~is_next)
+        if len(together):
+            self._score_next([requests[at] for at in together], rows[together], starts[together], logits[ends[together] - 1])
+        for at in others.tolist():
+            self._score_one(requests[at], int(starts[at]), logits[ends[at] - counts[at] : ends[at]])
         for request, stop in zip(requests, (starts + counts).tolist(), strict=True):
             request.done = max(request.done, stop)
             request.seen = max(request.seen, stop)
             if request.end_token is not None and self._running.crossings(request.row):
                 self._ends[request.request_id] = request.end_token
+
+    def _score_next(self, requests: list[OpenRequest], rows: np.ndarray, positions: np.ndarray, logits: np.ndarray) -> None:
+        """The next token of each of some requests: rows, positions [n], logits [n n_columns]."""
+        is_bos = np.zeros((len(rows), 1), dtype=bool)
+        if not positions.all():
+            is_bos[:, 0] = [at == 0 and request.has_bos for at, request in zip(positions, requests, strict=True)]
+        values = self._running.update(rows, logits[:, None], positions[:, None], is_bos)[:, 0]
+        self._pages.write(rows, positions, np.concatenate([logits, values], axis=1))
+        self._count(logits)
 
     def _score_one(self, request: OpenRequest, start: int, logits: np.ndarray) -> None:
         """Tokens from position `start` on, after those that the prefix cache serves; what was scored before a request was
@@ -188,10 +189,8 @@ class ScoreBook:
         request = self._requests.get(request_id)
         if request is None:
             return
-        if self.keep_finished:
+        if self.keep_finished and request.wants_scores:
             self._finished[request_id] = self.scores_of(request)
-            if len(self._finished) > _MOST_FINISHED:
-                del self._finished[next(iter(self._finished))]
         self._forget(request)
 
     def _forget(self, request: OpenRequest) -> None:
@@ -254,3 +253,7 @@ class ScoreBook:
         scores = self.scores_of(request)
         self._forget(request)
         return scores
+
+    def drop_finished(self) -> None:
+        """Forget finished requests that nobody will fetch, such as those that a client has given up."""
+        self._finished.clear()

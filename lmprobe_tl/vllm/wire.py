@@ -90,6 +90,28 @@ class State(msgspec.Struct):
     first_scores: list[float]
 
 
+class Collect(msgspec.Struct):
+    """Keep the activations of the prompts to come. poolings: names, and whether BOS counts."""
+
+    hook_points: list[str]
+    poolings: list[tuple[str, bool]]
+    bos_token_id: int | None
+    eos_ids: list[int]
+
+
+class CollectedRequest(msgspec.Struct):
+    """Hand over the activations of the group's prompts, 0 to n_rows - 1."""
+
+    n_rows: int
+
+
+class Collected(msgspec.Struct):
+    """By hook name float32 activations of each pooling, prompt after prompt: [n_rows d_model], or of 'all' [n_tokens
+    d_model]."""
+
+    values: dict[str, list[bytes]]
+
+
 Message = TypeVar("Message", bound=msgspec.Struct)
 
 

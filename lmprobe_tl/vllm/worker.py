@@ -14,9 +14,11 @@ from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.probe_file import probe_from_bytes
 from lmprobe_tl.vllm import _compat, wire
-from lmprobe_tl.vllm.hooks import STALE_GRAPH, StaticHooks
+from lmprobe_tl.vllm.activations import WorkerActivations
+from lmprobe_tl.vllm.hooks import StaticHooks
 from lmprobe_tl.vllm.publisher import ScorePublisher
 from lmprobe_tl.vllm.runtime import RequestScores, ScoreBook
+from lmprobe_tl.vllm.steps import CacheLayout, Step
 from lmprobe_tl.vllm.structure import Structure
 
 _FIRST_SCORES = 16  # of the first step, which all tensor ranks must agree on
@@ -25,35 +27,48 @@ _FIRST_SCORES = 16  # of the first step, which all tensor ranks must agree on
 class ProbeWorker(_compat.worker_base()):  # type: ignore[misc]
     """`worker_cls` of an engine with probes. Methods named `lmprobe_...` are called by `collective_rpc`."""
 
-    _lmprobe: WorkerProbes | None = None
+    _lmprobe: WorkerProbes | WorkerActivations | None = None
 
     def load_model(self, *arguments: Any, **options: Any) -> None:
         _compat.refuse_unsupported(self.vllm_config)
         super().load_model(*arguments, **options)
-        self._lmprobe = WorkerProbes(self.vllm_config, self.model_runner, self.device)
+        keeps = Structure.from_config(self.vllm_config.additional_config).mode == "activations"
+        self._lmprobe = (WorkerActivations if keeps else WorkerProbes)(self.vllm_config, self.model_runner, self.device)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
-        self._probes.layout = _compat.cache_layout(kv_cache_config)
+        self._installed.layout = _compat.cache_layout(kv_cache_config)
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
-        self._probes.check_boot(warmed_up=bool(getattr(times, "language_model", 0.0)))
+        self._installed.check_boot(warmed_up=bool(getattr(times, "language_model", 0.0)))
         return times
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        step = self._probes.begin_step(scheduler_output)
+        step = self._installed.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)
-        self._probes.end_step(step)
-        return self._probes.with_ends(output)
+        self._installed.end_step(step)
+        return self._installed.with_ends(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        return self._probes.with_ends(super().sample_tokens(grammar_output))
+        return self._installed.with_ends(super().sample_tokens(grammar_output))
+
+    @property
+    def _installed(self) -> WorkerProbes | WorkerActivations:
+        if self._lmprobe is None:
+            raise EngineError("the model is not loaded.")
+        return self._lmprobe
 
     @property
     def _probes(self) -> WorkerProbes:
-        if self._lmprobe is None:
-            raise EngineError("the model is not loaded.")
+        if not isinstance(self._lmprobe, WorkerProbes):
+            raise EngineError("this engine was started for activations; start another one for probes.")
+        return self._lmprobe
+
+    @property
+    def _activations(self) -> WorkerActivations:
+        if not isinstance(self._lmprobe, WorkerActivations):
+            raise EngineError("this engine was started for probes; start an ActivationEngine for activations.")
         return self._lmprobe
 
     # --- remote calls: bytes in, bytes out ---
@@ -74,13 +89,21 @@ class ProbeWorker(_compat.worker_base()):  # type: ignore[misc]
         """Counts and sizes, and the sum of the first scores, which all ranks must agree on."""
         return self._probes.state()
 
+    def lmprobe_collect(self, payload: bytes) -> None:
+        """Keep the activations of the next group of prompts."""
+        self._activations.collect(payload)
+
+    def lmprobe_collected(self, payload: bytes) -> bytes | None:
+        """The pooled activations of the group; None from a worker that keeps none."""
+        return self._activations.collected(payload)
+
 
 class WorkerProbes:
     """The probes of one worker: hooks in its model, and on the rank that reports, the scores of its requests."""
 
     def __init__(self, config: Any, runner: Any, device: torch.device) -> None:
         self.structure = Structure.from_config(config.additional_config)
-        self.layout: _compat.CacheLayout | None = None
+        self.layout: CacheLayout | None = None
         self._sizes, self._runner = _compat.sizes_of(config), runner
         self._hooks = StaticHooks(
             _compat.decoder_layers(runner.get_model(), self._sizes.n_layers), self.structure, self._sizes, device
@@ -95,7 +118,7 @@ class WorkerProbes:
         self._plan: ScoringPlan | None = None
         self._publisher: ScorePublisher | None = None
         self._lock = threading.Lock()  # outputs of asynchronous steps arrive on another thread
-        self._waiting: deque[tuple[int, _compat.Step, _OnItsWay | None]] = deque()
+        self._waiting: deque[tuple[int, Step, _OnItsWay | None]] = deque()
 
     @property
     def reports(self) -> bool:
@@ -104,9 +127,7 @@ class WorkerProbes:
 
     def check_boot(self, *, warmed_up: bool) -> None:
         """EngineError where warming up ran the model without the hooks."""
-        if warmed_up and self._hooks.by_name and not self._hooks.fires.any():
-            raise EngineError(f"the model was warmed up without the probes' hooks. {STALE_GRAPH}")
-        self._hooks.check_fired()
+        self._hooks.check_boot(warmed_up=warmed_up)
 
     def load(self, payload: bytes) -> bytes:
         message = wire.decode(payload, wire.Load)
@@ -130,10 +151,10 @@ class WorkerProbes:
 
     # --- steps ---
 
-    def begin_step(self, scheduler_output: Any) -> _compat.Step | None:
+    def begin_step(self, scheduler_output: Any) -> Step | None:
         return None if self._plan is None else _compat.step_of(scheduler_output)
 
-    def end_step(self, step: _compat.Step | None) -> None:
+    def end_step(self, step: Step | None) -> None:
         """After the forward pass: have its scores copied to the host, and work on those that have arrived."""
         if step is None or self._plan is None or not (self.reports or self._first_scores is None):
             return
@@ -192,10 +213,15 @@ class WorkerProbes:
             return None
         with self._lock:
             self._drain(wait=True)
-            answers = []
-            for request_id, n in wire.decode(payload, wire.Take).requests:
-                found = dict(_compat.matching_requests(self._book.request_ids, request_id, n))
-                answers.append({index: _as_wire(self._book.take(name)) for index, name in found.items()})
+            held: dict[tuple[str, bool], dict[int, str]] = {}  # internal ids by the client's name; looked through once
+            for request_id in self._book.request_ids:
+                for name, index, of_several in _compat.client_names(request_id):
+                    held.setdefault((name, of_several), {})[index] = request_id
+            answers = []  # of an offline engine, which has nothing else running when it asks
+            for name, n in wire.decode(payload, wire.Take).requests:
+                found = held.get((name, n > 1), {})
+                answers.append({index: _as_wire(self._book.take(request_id)) for index, request_id in found.items()})
+            self._book.drop_finished()
         return wire.encode(wire.Taken(answers))
 
     def publish(self, payload: bytes) -> None:

@@ -19,10 +19,11 @@ from lmprobe_tl import ProbeWeights
 from lmprobe_tl.errors import EngineError, InputError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.vllm import publisher, wire
-from lmprobe_tl.vllm._compat import NewRequest, Step, client_names
+from lmprobe_tl.vllm._compat import client_names
 from lmprobe_tl.vllm.inbox import ScoreInbox
 from lmprobe_tl.vllm.publisher import ScorePublisher
 from lmprobe_tl.vllm.runtime import ScoreBook
+from lmprobe_tl.vllm.steps import NewRequest, Step
 
 HOOK = "blocks.0.hook_resid_post"
 

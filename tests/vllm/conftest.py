@@ -1,0 +1,52 @@
+"""Engines of vLLM on the CPU, one after another in this process, and the same models under Hugging Face.
+
+A lane of its own (`make test-vllm`), since vLLM needs versions and gigabytes that the rest of the tests do not.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    VLLM_CPU_CI_ENV="1",  # compiled graphs are traced, and then run without Inductor: three seconds, not thirty
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors as small as here threads only wait for each other
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from reference import Reference
+
+SMALL = {"max_model_len": 192, "block_size": 32, "max_num_seqs": 8, "dtype": "float32", "seed": 0}
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    folders = tiny_models.save_models(tmp_path_factory.mktemp("models"))
+    return {name: Reference(name, folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def demo(references: dict[str, Reference]) -> Reference:
+    return references["demo"]
+
+
+@pytest.fixture(scope="session")
+def llama(references: dict[str, Reference]) -> Reference:
+    return references["llama"]
+
+
+def start(reference: Reference, probes: Any, **options: Any) -> Any:
+    """A `ProbedLLM` of the model, small."""
+    from lmprobe_tl.vllm import ProbedLLM
+
+    return ProbedLLM(Path(reference.folder), probes=probes, **(SMALL | options))

@@ -1,0 +1,53 @@
+"""Engines in processes of their own: two tensor ranks, and vLLM's second model runner."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL
+from reference import Reference
+
+HERE = Path(__file__).parent
+TIGHT = {"num_gpu_blocks_override": 10, "max_num_batched_tokens": 48, "disable_log_stats": False}
+
+
+def checked(reference: Reference, options: dict[str, Any], **environment: str) -> dict[str, Any]:
+    """What `engine_process.py` says of an engine with these options."""
+    code = [sys.executable, str(HERE / "engine_process.py"), reference.name, str(reference.folder)]
+    done = subprocess.run(
+        [*code, json.dumps(SMALL | options)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_two_tensor_ranks_in_processes(llama: Reference) -> None:
+    found = checked(llama, TIGHT | {"tensor_parallel_size": 2}, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert found["held"] == [[0, 0, 0], [0, 0, 0]]
+    assert found["cached"] > 0 and found["preempted"] > 0 and found["stopped"] > 0
+
+
+def test_the_second_model_runner(llama: Reference) -> None:
+    path = os.pathsep.join([str(HERE / "forced_triton"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = checked(llama, TIGHT, TRITON_INTERPRET="1", PYTHONPATH=path)
+    assert found["second_runner"] is True
+    assert found["held"] == [[0, 0, 0]]
+    assert found["cached"] > 0 and found["preempted"] > 0 and found["stopped"] > 0
+
+
+def test_a_refused_engine_names_the_setting(llama: Reference) -> None:
+    # In a process of its own: after an engine that guesses tokens, vLLM starts no other in the same process.
+    guess = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(AssertionError, match=r"EngineError: probes do not run in an engine with speculative decoding"):
+        checked(llama, {"speculative_config": guess, "enforce_eager": True})

@@ -1,0 +1,98 @@
+"""`stop=True` ends a request in the step of its alarm, at the token that greedy decoding under Hugging Face says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import start
+from reference import Reference, limit_between, make_probe
+
+from lmprobe_tl.errors import InputError
+
+MOST = 20
+
+
+@pytest.mark.parametrize("mode", ["eager", "chunked"])
+def test_a_request_ends_in_the_step_of_its_alarm(demo: Reference, mode: str) -> None:
+    from vllm import SamplingParams
+
+    probe = make_probe(demo, "p", "blocks.3.hook_resid_post", seed=11, inference="score:ema_max(0.3)")
+    rows = [demo.encode(f"def function_{at}(a, b):\n    return a" + " + b" * at, bos=True) for at in range(24)]
+    texts = [demo.greedy(row, MOST) for row in rows]
+    running = [demo.running([*row, *text], probe) for row, text in zip(rows, texts, strict=True)]
+    # Such that some rows have their alarm in the prompt, some later, and some never.
+    ends = [(float(values[len(row) - 1]), float(values[-2])) for row, values in zip(rows, running, strict=True)]
+    limit = limit_between(
+        torch.cat(running),
+        lambda x: (
+            sum(a >= x for a, _ in ends) > 2 and sum(a < x <= b for a, b in ends) > 4 and sum(b < x for _, b in ends) > 2
+        ),
+    )
+    expected = []
+    for row, text, values in zip(rows, texts, running, strict=True):
+        # The last token is sampled, and never scored.
+        reached = (values[: len(row) + len(text) - 1] >= limit).nonzero().flatten().tolist()
+        if not reached:
+            expected.append((text, None, False))
+            continue
+        # Position p enters the model, and p + 1 is sampled from it: that one gives way to the end of the sequence.
+        kept = max(0, reached[0] + 1 - len(row))
+        expected.append(([*text[:kept], demo.tokenizer.eos_token_id], reached[0], True))
+    options: dict[str, Any] = {"enforce_eager": True} if mode == "eager" else {"max_num_batched_tokens": 12}
+    with start(demo, [probe.with_threshold(limit, "logit")], **options) as engine:
+        prompts = [{"prompt_token_ids": row} for row in rows]
+        outputs = engine.generate(prompts, SamplingParams(max_tokens=MOST, temperature=0), use_tqdm=False, stop=True)
+        for output, (text, position, stopped) in zip(outputs, expected, strict=True):
+            (completion,) = output.outputs
+            assert list(completion.token_ids) == text
+            assert [alarm.position for alarm in output.alarms] == ([] if position is None else [position])
+            assert output.stopped_by == ("p" if stopped else None)
+            assert completion.finish_reason == ("stop" if text[-1] == demo.tokenizer.eos_token_id else "length")
+            assert len(output.probe_scores["p"]) == len(output.prompt_token_ids) + len(text) - 1
+        # The next call of the same engine does not stop.
+        outputs = engine.generate(prompts, SamplingParams(max_tokens=MOST, temperature=0), use_tqdm=False)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == texts
+        assert all(output.stopped_by is None for output in outputs)
+    in_prompt = sum(stopped and position < len(row) for row, (_, position, stopped) in zip(rows, expected, strict=True))
+    assert 0 < in_prompt < sum(stopped for _, _, stopped in expected) < len(rows)
+
+
+def test_of_several_completions_each_ends_at_its_own_alarm(demo: Reference) -> None:
+    from vllm import SamplingParams
+
+    probe = make_probe(demo, "p", "blocks.5.hook_resid_post", seed=12)
+    prompts = [{"prompt_token_ids": demo.encode(f"class Class{at}:\n    def", bos=True)} for at in range(6)]
+    sampling = SamplingParams(max_tokens=MOST, n=4)
+    with start(demo, [probe]) as engine:
+        free = [one for output in engine.generate(prompts, sampling, use_tqdm=False) for one in output.outputs]
+        peaks = torch.stack([one.probe_scores["p"][1:].max() for one in free])
+        limit = limit_between(peaks, lambda x: 8 <= int((peaks >= x).sum()) <= 16)
+        engine.replace_probes([probe.with_threshold(limit, "logit")])
+        outputs = engine.generate(prompts, sampling, use_tqdm=False, stop=True)
+    counts = set()
+    for output in outputs:
+        prompt = list(output.prompt_token_ids)
+        for completion in output.outputs:
+            logits = demo.logits([*prompt, *completion.token_ids][:-1], probe)[1:]
+            reached = (logits >= limit).nonzero().flatten().tolist()
+            assert (completion.stopped_by == "p") == bool(reached)
+            if reached:
+                assert completion.alarms[0].position == reached[0] + 1
+                assert len(completion.token_ids) == max(1, reached[0] + 3 - len(prompt))
+                assert completion.token_ids[-1] == demo.tokenizer.eos_token_id
+            counts.add((bool(reached), len(completion.token_ids)))
+    assert len(counts) > 3 and {stopped for stopped, _ in counts} == {True, False}
+
+
+def test_a_request_that_ignores_its_end_cannot_be_stopped(llama: Reference) -> None:
+    from vllm import SamplingParams
+
+    probe = make_probe(llama, "p", "blocks.2.hook_resid_post", seed=1)
+    with start(llama, [probe], enforce_eager=True) as engine:
+        endless = SamplingParams(max_tokens=4, ignore_eos=True)
+        with pytest.raises(InputError, match="stop=True ends a request by its end-of-sequence token, but ignore_eos is set"):
+            engine.generate([{"prompt_token_ids": [5, 6]}], endless, stop=True, use_tqdm=False)
+        (output,) = engine.generate([{"prompt_token_ids": [5, 6]}], endless, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 4
