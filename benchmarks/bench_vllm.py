@@ -70,6 +70,7 @@ def engines(folder: Path, batch: int) -> dict[str, Any]:
     every = [f"blocks.{layer}.hook_resid_post" for layer in range(LAYERS)]
     return {
         "plain": LLM(str(folder), **common),
+        "plain, another one": LLM(str(folder), **common),  # how far two engines differ that are the same
         "1 probe": ProbedLLM(folder, probes=probes_at([middle]), **common).llm,
         "100 probes": ProbedLLM(folder, probes=probes_at([middle] * 100), **common).llm,
         "1 probe on every layer": ProbedLLM(folder, probes=probes_at(every), **common).llm,
