@@ -60,8 +60,9 @@ def worker_base() -> type[Any]:
 
 def refuse_unsupported(config: Any) -> None:
     """EngineError naming a setting of the engine under which scores would be missing or wrong."""
+    from vllm import envs
+
     parallel = config.parallel_config
-    passes = config.compilation_config.pass_config
     refused = {
         "speculative decoding (speculative_config)": config.speculative_config is not None,
         "a KV connector (kv_transfer_config), which fills the cache without a forward pass": config.kv_transfer_config
@@ -69,7 +70,9 @@ def refuse_unsupported(config: Any) -> None:
         "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
         "data parallelism in one engine (data_parallel_size)": parallel.data_parallel_size > 1,
         "micro-batches (enable_dbo, ubatch_size)": bool(parallel.use_ubatching),
-        "sequence parallelism (pass_config.enable_sp)": bool(getattr(passes, "enable_sp", False)),
+        "request ids that are not made unique (VLLM_DISABLE_REQUEST_ID_RANDOMIZATION)": bool(
+            envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION
+        ),
         f"the runner {config.model_config.runner_type!r}": config.model_config.runner_type != "generate",
     }
     for what, is_set in refused.items():

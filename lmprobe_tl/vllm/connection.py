@@ -50,7 +50,8 @@ async def connect(
     check_fits_model(probes, config, tokenizer)
     plan = ScoringPlan(probes)
     message = load_message(plan, getattr(tokenizer, "bos_token_id", None))
-    can_stop = check_loaded(await client.collective_rpc("lmprobe_load", args=(message,)), plan)
+    on_last_stage = check_loaded(await client.collective_rpc("lmprobe_load", args=(message,)), plan)
+    can_stop = on_last_stage and getattr(tokenizer, "eos_token_id", None) is not None
     inbox = ScoreInbox(plan.n_columns, on_packet)
     try:
         await client.collective_rpc("lmprobe_publish", args=(wire.encode(wire.Publish(inbox.address)),))

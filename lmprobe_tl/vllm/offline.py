@@ -63,7 +63,8 @@ class ProbedLLM:
         check_fits_model(weights, self._config, self._tokenizer)
         plan = ScoringPlan(weights)
         message = load_message(plan, getattr(self._tokenizer, "bos_token_id", None))
-        self._can_stop = check_loaded(self.llm.collective_rpc("lmprobe_load", args=(message,)), plan)
+        on_last_stage = check_loaded(self.llm.collective_rpc("lmprobe_load", args=(message,)), plan)
+        self._can_stop = on_last_stage and getattr(self._tokenizer, "eos_token_id", None) is not None
         self._plan = plan  # not before the workers have taken it: a refusal leaves the probes that are there
 
     @property
@@ -188,8 +189,8 @@ def marked_sampling(params: Any, stop: bool, can_stop: bool) -> Any:
     """A copy of vLLM's sampling parameters that tells the worker what to do with the request's scores."""
     if stop and not can_stop:
         raise EngineError(
-            "stop=True needs the probes on the last pipeline stage, which samples the tokens; use probes of later layers, "
-            "or fewer stages."
+            "stop=True needs an end-of-sequence token, and the probes on the last pipeline stage, which samples the tokens; "
+            "use a tokenizer that has one, and probes of later layers or fewer stages."
         )
     if stop and params.ignore_eos:
         raise InputError("stop=True ends a request by its end-of-sequence token, but ignore_eos is set; leave it out.")

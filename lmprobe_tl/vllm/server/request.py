@@ -87,7 +87,11 @@ def _take_flag(fields: dict[str, Any], name: str) -> bool | None:
 
 def _check_can_stop(fields: dict[str, Any], can_stop: bool) -> None:
     if not can_stop:
-        raise FieldError(WANTS_STOP, f"{WANTS_STOP} needs the probes on the last pipeline stage, which samples the tokens.")
+        raise FieldError(
+            WANTS_STOP,
+            f"{WANTS_STOP} needs the probes on the last pipeline stage, which samples the tokens, and a tokenizer with an "
+            "end-of-sequence token.",
+        )
     for other in ("ignore_eos", "min_tokens"):
         if fields.get(other):
             raise FieldError(
