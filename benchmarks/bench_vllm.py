@@ -69,7 +69,7 @@ def engines(folder: Path, batch: int) -> dict[str, Any]:
     middle = f"blocks.{LAYERS // 2}.hook_resid_post"
     every = [f"blocks.{layer}.hook_resid_post" for layer in range(LAYERS)]
     return {
-        # The first engine of a process is a few per cent slower than its equals: it is not what others are compared with.
+        # How far two engines that are the same differ: from nothing to four per cent, from one run to the next.
         "plain, the first one": LLM(str(folder), **common),
         "plain": LLM(str(folder), **common),
         "1 probe": ProbedLLM(folder, probes=probes_at([middle]), **common).llm,
