@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,8 +17,7 @@ from lmprobe_tl.cli.options import (
     ProbeArgument,
     check_engine_options,
     check_folder_of,
-    load_or_demo,
-    model_or_demo_name,
+    opened,
 )
 from lmprobe_tl.errors import InputError
 
@@ -70,7 +68,7 @@ def calibrate(
     positive_texts = None if positives is None else read_prompts(positives, text_column)
     goal.check(weights, texts, positive_texts)
     arguments = check_engine_options(engine, engine_args, max_tokens_per_batch)
-    with _opened(model, engine, weights, arguments) as loaded:
+    with opened(model, engine, arguments, "ProbedLLM", probes=[weights]) as loaded:
         calibrated = calibrate_probe(
             loaded,
             weights,
@@ -86,21 +84,6 @@ def calibrate(
             prepend_bos=bos,
         )
     print(f"{calibrated.save(target)}: probe {calibrated.name!r}, calibrated", *_lines(calibrated), sep="\n")
-
-
-def _opened(model: str | None, engine: str, weights: ProbeWeights, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
-    """A loaded model; for vLLM its name, or where there are arguments an engine."""
-    if engine != "vllm":
-        return nullcontext(load_or_demo(model))
-    name = model_or_demo_name(model)
-    if not arguments:
-        return nullcontext(name)
-    from lmprobe_tl.activation_source import check_installed
-
-    check_installed()
-    from lmprobe_tl.vllm import ProbedLLM
-
-    return ProbedLLM(name, probes=[weights], **arguments)
 
 
 def _lines(weights: ProbeWeights) -> list[str]:

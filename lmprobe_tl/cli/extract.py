@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,8 +18,7 @@ from lmprobe_tl.cli.options import (
     ModelOption,
     check_engine_options,
     check_store_folder,
-    load_or_demo,
-    model_or_demo_name,
+    opened,
     parse_hook_points,
     parse_names,
 )
@@ -64,7 +62,7 @@ def extract(
     points = parse_hook_points(hook_points)
     from lmprobe_tl.store.writing import extract_to_store
 
-    with _opened(model, engine, points, arguments) as loaded:
+    with opened(model, engine, arguments, "ActivationEngine", hook_points=points) as loaded:
         store = extract_to_store(
             loaded,
             texts,
@@ -79,21 +77,6 @@ def extract(
             prepend_bos=bos,
         )
     print(store)
-
-
-def _opened(model: str | None, engine: str, hook_points: Any, arguments: dict[str, Any]) -> AbstractContextManager[Any]:
-    """A loaded model; for vLLM its name, or where there are arguments an engine."""
-    if engine != "vllm":
-        return nullcontext(load_or_demo(model))
-    name = model_or_demo_name(model)
-    if not arguments:
-        return nullcontext(name)
-    from lmprobe_tl.activation_source import check_installed
-
-    check_installed()
-    from lmprobe_tl.vllm import ActivationEngine
-
-    return ActivationEngine(name, hook_points, **arguments)
 
 
 def merge(

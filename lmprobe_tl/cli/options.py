@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +66,21 @@ def model_or_demo_name(model: str | None) -> str | Path:
     from lmprobe_tl.demo import MODEL_FOLDER
 
     return MODEL_FOLDER
+
+
+def opened(model: str | None, engine: str, arguments: dict[str, Any], kind: str, **own: Any) -> AbstractContextManager[Any]:
+    """A loaded model; for vLLM its name, or where there are arguments an engine, by its class in lmprobe_tl.vllm."""
+    if engine != "vllm":
+        return nullcontext(load_or_demo(model))
+    name = model_or_demo_name(model)
+    if not arguments:
+        return nullcontext(name)
+    from lmprobe_tl.activation_source import check_installed
+
+    check_installed()
+    from lmprobe_tl import vllm
+
+    return getattr(vllm, kind)(name, **own, **arguments)
 
 
 def load_or_demo(model: str | None) -> Any:
