@@ -98,8 +98,8 @@ def no_model_may_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    for command in ("calibrate", "extract", "fit", "generate", "score", "sweep"):
-        monkeypatch.setattr(f"lmprobe_tl.cli.{command}.load_or_demo", never)
+    for module in ("options", "fit", "generate", "score", "sweep"):
+        monkeypatch.setattr(f"lmprobe_tl.cli.{module}.load_or_demo", never)
 
 
 def write(path: Path, text: str | bytes) -> Path:
