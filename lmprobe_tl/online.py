@@ -33,7 +33,8 @@ class OnlineReduction:
     """The running score of every row and probe; all state stays on the device, and nothing waits for it.
 
     start, step: a twin as the top of this file describes it; arguments: the reduction's parameter, if it has one.
-    dtype: of `zero`, and the least width of `z`; the default is `wide_dtype`.
+    dtype: of `zero`, and the least width of `z`; the default is `wide_dtype`. n_scores: how many running scores a step makes
+    of the n_probes that it is given, where that is another number.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class OnlineReduction:
         n_probes: int,
         device: torch.device | str,
         dtype: torch.dtype | None = None,
+        n_scores: int | None = None,
     ) -> None:
         device = torch.device(device)
-        self._n_rows, self._n_probes = n_rows, n_probes
+        self._n_rows, self._n_probes, self._n_scores = n_rows, n_probes, n_probes if n_scores is None else n_scores
         with torch.inference_mode(False):  # made in inference mode, the state could not be written to outside of it
             self._dtype, self._start = dtype or wide_dtype(device), start
             # with axes, so that scores next to it are widened to its dtype
@@ -70,7 +72,7 @@ class OnlineReduction:
         """Take the next positions, any number of them, and return the running score after each.
 
         scores: [batch new n_probes]; counted: [batch new] bool, False = as if the position were not there.
-        Returns [batch new n_probes] float32: what the batch form gives for the row so far. An uncounted position repeats the
+        Returns [batch new n_scores] float32: what the batch form gives for the row so far. An uncounted position repeats the
         value before it; NaN where nothing has counted yet.
         Raises InputError for a wrong shape or dtype.
         """
@@ -112,7 +114,7 @@ class OnlineReduction:
         new = scores.shape[1]
         if new == 1:
             return self._advance(scores, counts, self._seen + counts)
-        running = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+        running = torch.empty(len(scores), new, self._n_scores, dtype=torch.float32, device=scores.device)
         for begin in range(0, new, self._block):
             block = slice(begin, begin + self._block)
             running[:, block] = self._advance(

@@ -25,7 +25,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lmprobe_tl import online, twins
+from lmprobe_tl import online, softmax_twins, twins
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.masks import real_tokens
 from lmprobe_tl.twin_check import check_pair, check_signatures
@@ -150,7 +150,7 @@ REDUCTIONS: dict[str, Reduction] = {
     "min": Reduction(_batch_min, twins.start_min, twins.step_min, selects=True),
     "ema_max": Reduction(_batch_ema_max, twins.start_ema_max, twins.step_ema_max, _ALPHA, "logit"),
     "rolling_max": Reduction(_batch_rolling_max, twins.start_rolling_max, twins.step_rolling_max, _WINDOW, "logit"),
-    "softmax": Reduction(_batch_softmax, twins.start_softmax, twins.step_softmax, _TEMPERATURE, "logit"),
+    "softmax": Reduction(_batch_softmax, softmax_twins.start_softmax, softmax_twins.step_softmax, _TEMPERATURE, "logit"),
 }
 _BUILT_IN = frozenset(REDUCTIONS)
 _RESERVED = ("all", "eos", "score", "activation")  # poolings that reduce no scores, and the prefixes

@@ -74,14 +74,14 @@ def compact(z: Tensor, counted: Tensor) -> Tensor:
     return z.new_zeros(len(z), pos + 1, z.shape[2]).scatter(1, slot.expand_as(z), z)[:, :pos]
 
 
-def _take(values: Tensor, index: Tensor) -> Tensor:
+def take(values: Tensor, index: Tensor) -> Tensor:
     """values [batch pos n] at the positions of index [batch new 1], as [batch new n]."""
     batch, pos, n = values.shape
     rows = torch.arange(batch, device=values.device)[:, None] * pos + index[..., 0]
     return values.reshape(batch * pos, n).index_select(0, rows.flatten()).view(batch, -1, n)
 
 
-def _last(x: Tensor) -> Tensor:
+def last(x: Tensor) -> Tensor:
     return x if x.shape[1] == 1 else x[:, -1:]
 
 
@@ -95,7 +95,7 @@ def step_last(state: Items, z: Tensor, counted: Tensor, seen: Tensor) -> tuple[T
         return last, (last,)
     place = torch.arange(1, z.shape[1] + 1, device=z.device)[:, None]
     latest = torch.where(counted, place, 0).cummax(dim=1).values  # 0 = the state, put before the chunk
-    last = _take(torch.cat([state[0], z], dim=1), latest)
+    last = take(torch.cat([state[0], z], dim=1), latest)
     return last, (last[:, -1:],)
 
 
@@ -110,7 +110,7 @@ def step_first(state: Items, z: Tensor, counted: Tensor, seen: Tensor) -> tuple[
 
 def step_mean(state: Items, z: Tensor, counted: Tensor, seen: Tensor) -> tuple[Tensor, Items]:
     sums = state[0] + (z if z.shape[1] == 1 else z.cumsum(dim=1))
-    return sums / seen, (_last(sums),)
+    return sums / seen, (last(sums),)
 
 
 def start_max(zero: Tensor) -> Items:
@@ -149,12 +149,12 @@ def step_ema_max(state: Items, z: Tensor, counted: Tensor, seen: Tensor, alpha: 
     else:
         # to start from e_{-1} = z_0 is to start from e_0 = z_0
         first = torch.where(is_first, z, 0.0).sum(dim=1, keepdim=True)
-        average = ema(torch.where(_before(counted, seen) > 0, average, first), z, counted, alpha)
+        average = ema(torch.where(before_chunk(counted, seen) > 0, average, first), z, counted, alpha)
     running, best = step_max(state[1:], average, counted, seen)
-    return running, (_last(average), *best)
+    return running, (last(average), *best)
 
 
-def _before(counted: Tensor, seen: Tensor) -> Tensor:
+def before_chunk(counted: Tensor, seen: Tensor) -> Tensor:
     """How many positions had counted before the chunk, [batch 1 1]."""
     return seen[:, :1] - counted[:, :1].long()
 
@@ -180,8 +180,8 @@ def step_rolling_max(state: Items, z: Tensor, counted: Tensor, seen: Tensor, win
 
 def _roll_chunk(state: Items, z: Tensor, counted: Tensor, seen: Tensor, window: int) -> tuple[Tensor, Items]:
     ring, running = state
-    before, total = _before(counted, seen), seen[:, -1:]
-    kept = _take(ring, (before + torch.arange(1, window + 1, device=z.device)[:, None]) % window)  # the oldest first
+    before, total = before_chunk(counted, seen), seen[:, -1:]
+    kept = take(ring, (before + torch.arange(1, window + 1, device=z.device)[:, None]) % window)  # the oldest first
     recent = torch.cat([kept, compact(z, counted)], dim=1)
     count = before + torch.arange(1, z.shape[1] + 1, device=z.device)[:, None]
     # the k-th window ends at the k-th counted logit of this chunk
@@ -189,28 +189,7 @@ def _roll_chunk(state: Items, z: Tensor, counted: Tensor, seen: Tensor, window: 
     full = count >= window
     best, _ = step_max((torch.where(before >= window, running, -torch.inf),), means, full, seen)
     by_count = torch.cat([running, torch.where(full, best, means)], dim=1)
-    after = _take(by_count, seen - before)  # 0 counted so far in this chunk = the state, put before it
+    after = take(by_count, seen - before)  # 0 counted so far in this chunk = the state, put before it
     slots = torch.arange(window + 1, device=z.device)[:, None]
     newest = total - (total - slots) % window  # which counted logit stands in a slot now
-    return after, (_take(recent, newest - before + window - 1), after[:, -1:])
-
-
-def start_softmax(zero: Tensor, temperature: float) -> Items:
-    return torch.full_like(zero, _least_mass(zero)), zero
-
-
-def step_softmax(state: Items, z: Tensor, counted: Tensor, seen: Tensor, temperature: float) -> tuple[Tensor, Items]:
-    items = torch.where(counted, z / temperature, _least_mass(z)), z
-    mass, mean = _softmax_join(state, items) if z.shape[1] == 1 else scan(_softmax_join, state, items)
-    return mean, (_last(mass), _last(mean))
-
-
-def _softmax_join(left: Items, right: Items) -> Items:
-    """Two stretches of tokens as one, each as (log of the sum of e^(z/t), mean of z under these weights)."""
-    mass = torch.logaddexp(left[0], right[0])
-    return mass, torch.lerp(left[1], right[1], (right[0] - mass).exp())
-
-
-def _least_mass(like: Tensor) -> float:
-    """log 0, nearly: with -inf the weight of nothing beside nothing would be NaN."""
-    return torch.finfo(like.dtype).min / 2
+    return after, (take(recent, newest - before + window - 1), after[:, -1:])
