@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class GenerationResult:
     alarms: first crossing of each probe. stopped_by: the name of the probe that ended the row, 'eos', or 'max_new_tokens'.
     verdicts: by name of each probe with two classes 'negative' or 'positive', and in a cascade also 'deferred', 'confirmed'
     or 'cleared'.
+    maxima: by name of each probe with two classes, the highest running score in the unit that thresholds are calibrated in:
+    a logit, or a probability for means of probabilities. NaN where nothing has counted.
     """
 
     text: str
@@ -41,6 +44,7 @@ class GenerationResult:
     alarms: tuple[Alarm, ...]
     stopped_by: str
     verdicts: dict[str, str]
+    maxima: dict[str, float] = field(default_factory=dict)
 
 
 def monitored_generate(
@@ -172,10 +176,14 @@ def _score_again(model: Any, monitor: Monitor, rows: list[list[int]]) -> LiveRun
 
 @dataclass(frozen=True)
 class _Scores:
-    """Everything that a run says of its rows: logits and running scores by probe name and row, and its crossings."""
+    """Everything that a run says of its rows: logits and running scores by probe name and row, and its crossings.
+
+    watched: the running scores of binary probes once more, in the unit that they are computed in.
+    """
 
     logits: dict[str, list[Tensor]]
     running: dict[str, list[Tensor]]
+    watched: dict[str, list[Tensor]]
     events: tuple[Alarm, ...]
 
     @staticmethod
@@ -183,12 +191,23 @@ class _Scores:
         names = list(run.plan.probes)
         logits = {name: run.token_scores(name) for name in names}
         run.collect()
-        return _Scores(logits, {name: run.running_scores(name) for name in names}, tuple(run.events))
+        running = {name: run.running_scores(name) for name in names}
+        watched = {
+            name: run.running_scores(name, run.plan.reductions[name].own_unit)
+            for name in names
+            if run.plan.probes[name].is_binary
+        }
+        return _Scores(logits, running, watched, tuple(run.events))
 
     def completed(self, last: _Scores, lengths: list[int]) -> _Scores:
         """With the scores of `last` where there are none here: those that were seen live stay the ones reported."""
         events = self.events + tuple(event for event in last.events if event.position == lengths[event.row] - 1)
-        return _Scores(_completed(self.logits, last.logits), _completed(self.running, last.running), events)
+        return _Scores(
+            _completed(self.logits, last.logits),
+            _completed(self.running, last.running),
+            _completed(self.watched, last.watched),
+            events,
+        )
 
 
 def _completed(live: dict[str, list[Tensor]], last: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
@@ -215,4 +234,10 @@ def _result(
         alarms=next(iter(first_alarms(events).values()), ()),
         stopped_by=stopped_by,
         verdicts={name: verdicts_of(events, name).get(index, "negative") for name in binary},
+        maxima={name: _maximum(row) for name, row in of_row(live.watched).items()},
     )
+
+
+def _maximum(running: Tensor) -> float:
+    counted = running[~running.isnan()]  # NaN stands before the first position that counts
+    return counted.max().item() if len(counted) else math.nan

@@ -28,7 +28,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lmprobe_tl import softmax_twins, twins
-from lmprobe_tl.online import Items
+from lmprobe_tl.online import Items, wide_dtype
 
 HeadKind: TypeAlias = Literal["linear", "mlp", "polynomial", "attention", "multimax", "rolling_attention"]
 SEQUENCE_KINDS: tuple[HeadKind, ...] = ("attention", "multimax", "rolling_attention")
@@ -67,14 +67,15 @@ class ReadoutHead(TokenHead):
     def token_logits(self, readings: Tensor) -> Tensor:
         readout, intercept, orders = self._on(readings.device)
         terms = readings.relu() if orders is None else readings.pow(orders)
-        # one kernel whatever the width: float64 sums are the same for a token alone and among others
-        return torch.nn.functional.linear(terms.double(), readout, intercept).to(readings.dtype)
+        # wide: powers grow, and autocast narrows float32 products to bfloat16
+        return torch.nn.functional.linear(terms.to(readout.dtype), readout, intercept).to(readings.dtype)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         if device not in self._moved:
             with torch.inference_mode(False):
-                orders = None if self.orders is None else self.orders.to(device)
-                self._moved[device] = self.readout.double().to(device), self.readout_intercept.double().to(device), orders
+                orders, dtype = None if self.orders is None else self.orders.to(device), wide_dtype(device)
+                readout, intercept = self.readout.to(device).to(dtype), self.readout_intercept.to(device).to(dtype)
+                self._moved[device] = readout, intercept, orders
         return self._moved[device]
 
 

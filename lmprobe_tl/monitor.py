@@ -208,7 +208,7 @@ class Monitor:
         self._fired.add(hook_name)
         skip = run.n_columns - call.start
         new = activations[:, skip:] if skip else activations
-        thread.partials[hook_name] = self.plan.hooks[hook_name].partial_logits(new)
+        thread.partials[hook_name] = self.plan.hooks[hook_name].partial_readings(new)
         if len(thread.partials) == len(self.plan.hooks):
             partials = [thread.partials[name] for name in self.plan.hooks]
             run.add(call, self.plan.combine(partials, call.tokens.device))

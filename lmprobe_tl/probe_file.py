@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,13 +15,13 @@ from safetensors import SafetensorError
 from lmprobe_tl.checked_record import shown
 from lmprobe_tl.errors import InputError, ProbeFileError
 from lmprobe_tl.files import canonical_json, write_atomically
-from lmprobe_tl.probe_spec import ProbeSpec
-from lmprobe_tl.weights import ProbeWeights
+from lmprobe_tl.probe_spec import HeadRecord, ProbeSpec
+from lmprobe_tl.weights import ProbeWeights, tensor_shapes
 
 SUFFIX = ".safetensors"
 METADATA_KEY = "lmprobe_tl"
 FORMAT = "lmprobe_tl.probe"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _OLDEST_VERSION = 1
 MAX_FILE_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
@@ -84,7 +85,7 @@ def probe_from_bytes(payload: bytes) -> ProbeWeights:
 
 def _serialised(weights: ProbeWeights) -> bytes:
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "spec": weights.spec.to_dict()}
-    tensors = {"probe.direction": weights.direction, "probe.intercept": weights.intercept}
+    tensors = {f"probe.{what}": getattr(weights, what) for what in tensor_shapes(weights.spec)}
     payload = safetensors.torch.save(tensors, {METADATA_KEY: canonical_json(document)})
     header_bytes = int.from_bytes(payload[:_LENGTH_BYTES], "little")
     if header_bytes > MAX_HEADER_BYTES or len(payload) > MAX_FILE_BYTES:
@@ -118,7 +119,7 @@ def _read(file: BinaryIO) -> ProbeWeights:
         raise ProbeFileError(f"it announces {expected_bytes} bytes but has {found}. {_DAMAGED}")
     try:
         tensors = safetensors.torch.load(payload)
-        return ProbeWeights(tensors["probe.direction"], tensors["probe.intercept"], spec)
+        return ProbeWeights(spec=spec, **{name.removeprefix("probe."): tensor for name, tensor in tensors.items()})
     except (SafetensorError, InputError) as error:
         raise ProbeFileError(f"{str(error).rstrip('.')}. {_DAMAGED}") from error
 
@@ -159,7 +160,9 @@ def _read_spec(header: dict[str, Any]) -> ProbeSpec:
     _check_format(document)
     try:
         spec = document["spec"]
-        return ProbeSpec.from_dict(_from_version_1(spec) if document["format_version"] == 1 else spec)
+        for version in range(document["format_version"], FORMAT_VERSION):
+            spec = _UPGRADES[version](spec) if isinstance(spec, dict) else spec
+        return ProbeSpec.from_dict(spec)
     except ProbeFileError as error:
         raise ProbeFileError(f"{error} {_DAMAGED}") from error
 
@@ -180,27 +183,34 @@ def _check_format(document: dict[str, Any]) -> None:
         raise ProbeFileError(f"its keys are {shown(sorted(document))}; expected format, format_version, spec. {_DAMAGED}")
 
 
-def _from_version_1(spec: Any) -> Any:
-    """A version-1 spec with None for what came with version 2; anything that is no such spec is left to `from_dict`."""
-    if not isinstance(spec, dict):
-        return spec
-    spec, threshold = _with_none(spec, ["probability_calibration"]), spec.get("threshold")
+def _from_version_1(spec: dict[str, Any]) -> dict[str, Any]:
+    spec, threshold = _with_new(spec, {"probability_calibration": None}, 1), spec.get("threshold")
     if isinstance(threshold, dict):
-        spec["threshold"] = _with_none(threshold, ["rank", "statistic", "guarantee"])
+        spec["threshold"] = _with_new(threshold, dict.fromkeys(["rank", "statistic", "guarantee"]), 1)
     return spec
 
 
-def _with_none(record: dict[str, Any], new_keys: list[str]) -> dict[str, Any]:
-    for key in new_keys:
+def _from_version_2(spec: dict[str, Any]) -> dict[str, Any]:
+    if spec.get("kind") != "linear":
+        raise ProbeFileError(f"kind is {shown(spec.get('kind'))}; expected 'linear' in a file of format version 2 or 1.")
+    return _with_new(spec, {"head": HeadRecord().to_dict()}, 2)
+
+
+# By format version: the spec of the next one. Anything that is no such spec is left to `from_dict`.
+_UPGRADES = {1: _from_version_1, 2: _from_version_2}
+
+
+def _with_new(record: dict[str, Any], new: dict[str, Any], version: int) -> dict[str, Any]:
+    """The record with what came with the version after this one."""
+    for key in new:
         if key in record:
-            raise ProbeFileError(f"{key!r} is an unknown key in a file of format version 1.")
-    return record | dict.fromkeys(new_keys)
+            raise ProbeFileError(f"{key!r} is an unknown key in a file of format version {version}.")
+    return record | new
 
 
 def _check_tensors(header: dict[str, Any], spec: ProbeSpec) -> int:
     """Check names, dtypes and shapes against the spec, before any number is read. Returns the count of numbers."""
-    width = len(spec.hook_points) * spec.d_model
-    expected = {"probe.direction": [spec.n_outputs, width], "probe.intercept": [spec.n_outputs]}
+    expected = {f"probe.{what}": list(shape) for what, shape in tensor_shapes(spec).items()}
     found = set(header) - {"__metadata__"}
     if found != set(expected):
         missing, extra = sorted(set(expected) - found), sorted(found - set(expected))
@@ -211,10 +221,10 @@ def _check_tensors(header: dict[str, Any], spec: ProbeSpec) -> int:
             raise ProbeFileError(f"tensor {name!r} has dtype {shown(entry.get('dtype'))}; expected 'F32'. {_DAMAGED}")
         if entry.get("shape") != shape:
             raise ProbeFileError(
-                f"tensor {name!r} has shape {shown(entry.get('shape'))}; expected {shape}, from {spec.n_classes} labels, "
-                f"{len(spec.hook_points)} hook points and d_model {spec.d_model}. {_DAMAGED}"
+                f"tensor {name!r} has shape {shown(entry.get('shape'))}; expected {shape}, from kind {spec.kind!r}, "
+                f"{spec.n_classes} labels, {len(spec.hook_points)} hook points and d_model {spec.d_model}. {_DAMAGED}"
             )
-    return spec.n_outputs * (width + 1)
+    return sum(math.prod(shape) for shape in expected.values())
 
 
 def _parsed(text: str | bytes, what: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from lmprobe_tl.checked_record import Record, require
+from lmprobe_tl.heads import SEQUENCE_KINDS, HeadKind
 
 Label: TypeAlias = bool | int | str
 ThresholdUnit: TypeAlias = Literal["probability", "logit"]
@@ -16,6 +17,9 @@ ResidualBasis: TypeAlias = Literal["raw", "centered", "any"]
 Normalization: TypeAlias = Literal["layernorm", "rmsnorm", "unknown"]
 
 MAX_NAME_LENGTH = 200
+MAX_READINGS = 2**14
+# What stands for a pooling where a probe reduces its tokens itself.
+OWN_POOLING = "sequence"
 # Stand-ins for the infinite logits of the float32 probabilities 0 and 1: those of 2^-150 and 1 - 2^-25, where rounding to
 # them begins.
 LOWEST_LOGIT = -150 * math.log(2)
@@ -56,6 +60,35 @@ class PoolingRecord(Record):
     def _validate(self) -> None:
         require(self.train != "", "train", self.train, "the name of a pooling strategy")
         require(self.inference != "", "inference", self.inference, "the name of a pooling strategy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRecord(Record):
+    """The sizes of a head, see `lmprobe_tl.heads`; None for those that its kind does not have.
+
+    n_hidden: units of an mlp. degree, rank: of a polynomial, which has `rank` terms of each order from 2 on. n_heads: of
+    attention, multimax and rolling_attention; window: of the last, in tokens that count.
+    """
+
+    n_hidden: int | None = None
+    degree: int | None = None
+    rank: int | None = None
+    n_heads: int | None = None
+    window: int | None = None
+
+    def _validate(self) -> None:
+        for name, size in self.to_dict().items():
+            require(size is None or size >= 1, name, size, "at least 1")
+
+
+_SIZES: Mapping[HeadKind, tuple[str, ...]] = {
+    "linear": (),
+    "mlp": ("n_hidden",),
+    "polynomial": ("degree", "rank"),
+    "attention": ("n_heads",),
+    "multimax": ("n_heads",),
+    "rolling_attention": ("n_heads", "window"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +197,8 @@ class ProbeSpec(Record):
     hook_points: tuple[str, ...]
     d_model: int
     n_layers: int | None = None
-    kind: Literal["linear"] = "linear"
+    kind: HeadKind = "linear"
+    head: HeadRecord = field(default_factory=HeadRecord)
     description: str = ""
     labels: tuple[Label, ...] = (0, 1)
     model: ModelRecord = field(default_factory=ModelRecord)
@@ -188,6 +222,44 @@ class ProbeSpec(Record):
         """Logits per position: one for a binary probe, else one a class."""
         return 1 if self.n_classes == 2 else self.n_classes
 
+    @property
+    def reduces_tokens(self) -> bool:
+        """Whether the kind of probe makes one logit of all tokens itself, so that no pooling has a part in it."""
+        return self.kind in SEQUENCE_KINDS
+
+    @property
+    def has_readout(self) -> bool:
+        """Whether the readings pass through weights of the head's own."""
+        return self.kind in ("mlp", "polynomial")
+
+    @property
+    def n_readings(self) -> int:
+        """Numbers that are read off each token, the rows of the probe's direction."""
+        head = self.head
+        if self.kind == "mlp":
+            return head.n_hidden or 0
+        if self.kind == "polynomial":
+            return 1 + ((head.degree or 1) - 1) * (head.rank or 0)
+        if self.reduces_tokens:
+            return (head.n_heads or 0) * (1 if self.kind == "multimax" else 2)
+        return self.n_outputs
+
+    def _validate_head(self) -> None:
+        sizes = _SIZES[self.kind]
+        for name, size in self.head.to_dict().items():
+            expected = "a whole number, 1 or more" if name in sizes else f"None, since kind {self.kind!r} has none"
+            require((size is not None) == (name in sizes), f"head.{name}", size, expected)
+        require(self.n_readings <= MAX_READINGS, "head", self.head, f"at most {MAX_READINGS} readings a token")
+        if self.kind not in ("linear", "mlp"):
+            require(self.n_classes == 2, "labels", self.labels, f"two labels, since kind {self.kind!r} has one logit")
+        for side in ("train", "inference"):
+            pooling, own = (
+                getattr(self.pooling, side),
+                f"{OWN_POOLING!r}, since kind {self.kind!r} reduces its tokens itself",
+            )
+            expected = own if self.reduces_tokens else f"the name of a pooling, since kind {self.kind!r} needs one"
+            require((pooling == OWN_POOLING) == self.reduces_tokens, f"pooling.{side}", pooling, expected)
+
     def _validate(self) -> None:
         good_name = 1 <= len(self.name) <= MAX_NAME_LENGTH and CONTROL_CHARACTERS.search(self.name) is None
         require(good_name, "name", self.name, f"1 to {MAX_NAME_LENGTH} characters, none of them a control character")
@@ -198,6 +270,7 @@ class ProbeSpec(Record):
         # 0 == False and 1 == True in Python, so such a pair could not be told apart in a prediction
         good_labels = self.n_classes >= 2 and len(set(self.labels)) == self.n_classes
         require(good_labels, "labels", self.labels, "two or more labels, no two of them equal")
+        self._validate_head()
         one_score = self.threshold is None or self.n_classes == 2
         several = f"None, since {self.n_classes} classes give more than one score"
         require(one_score, "threshold", self.threshold, several)

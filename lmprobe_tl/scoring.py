@@ -149,7 +149,7 @@ def live_unit(weights: ProbeWeights) -> ThresholdUnit:
         raise InputError(
             f"probe {weights.name!r} has {weights.n_classes} classes; a threshold needs a probe with two (one score)."
         )
-    return "logit" if live_reduction(weights).before == "none" else "probability"
+    return live_reduction(weights).own_unit
 
 
 def prompt_rows(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lmprobe_tl.checked_record import shown
 from lmprobe_tl.errors import IncompatibleProbeError, InputError
+from lmprobe_tl.heads import Head, ReadoutHead, SequenceHead, TokenHead, polynomial_orders
+from lmprobe_tl.masks import real_tokens
 from lmprobe_tl.pooling import parse_pooling_strategy
 from lmprobe_tl.probe_spec import (
     HIGHEST_LOGIT,
@@ -27,6 +29,8 @@ from lmprobe_tl.probe_spec import (
     ThresholdUnit,
     without_threshold_metrics,
 )
+from lmprobe_tl.types import AttentionMask
+from lmprobe_tl.weight_tensors import as_tensor, own_copy, without_autocast
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -38,10 +42,13 @@ SUM_TOLERANCE = 1e-4  # of a block's L1 norm: far above float32 rounding, far be
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ProbeWeights:
-    """A linear probe: `logits = activations @ direction.T + intercept`.
+    """A probe: `readings = activations @ direction.T + intercept`, and its head, which makes logits of them.
 
-    direction: [n_outputs, n_hook_points*d_model] and intercept: [n_outputs], both kept as float32 copies on the CPU; treat
-    them as read-only. n_outputs is 1 for a binary probe (the logit of the positive class, `spec.labels[1]`), else n_classes.
+    direction: [n_readings, n_hook_points*d_model] and intercept: [n_readings], both kept as float32 copies on the CPU; treat
+    them as read-only. The readings of a linear probe are its logits: n_outputs = 1 for a binary probe (the logit of the
+    positive class, `spec.labels[1]`), else n_classes. What other kinds make of theirs says `lmprobe_tl.heads`.
+
+    readout: [n_outputs, n_readings] and readout_intercept: [n_outputs], of the kinds 'mlp' and 'polynomial' alone.
 
     `spec.residual_basis` says which residual stream the direction fits. Models with LayerNorm ignore the mean of the stream,
     so a model whose writing weights were centred carries `x - mean(x)` where the original carries `x`:
@@ -50,18 +57,28 @@ class ProbeWeights:
     - 'centered': fits x - mean(x).
     - 'any': each d_model block of the direction sums to zero, so both streams get the same score.
 
-    InputError: a wrong shape, a value that is not finite, or a direction that claims 'any' and does not sum to zero.
+    InputError: a wrong shape, a value that is not finite, a readout that is missing or too many, or a direction that claims
+    'any' and does not sum to zero.
     """
 
     direction: Tensor
     intercept: Tensor
     spec: ProbeSpec
+    readout: Tensor | None = None
+    readout_intercept: Tensor | None = None
     _moved: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        n_outputs, width = self.spec.n_outputs, len(self.hook_points) * self.d_model
-        for what, shape in (("direction", (n_outputs, width)), ("intercept", (n_outputs,))):
-            object.__setattr__(self, what, _own_copy(getattr(self, what), shape, f"Probe {self.name!r}: {what}"))
+        shapes = tensor_shapes(self.spec)
+        for what in ("direction", "intercept", "readout", "readout_intercept"):
+            tensor = getattr(self, what)
+            if what in shapes:
+                tensor = own_copy(tensor, shapes[what], f"Probe {self.name!r}: {what}")
+            elif tensor is not None:
+                raise InputError(
+                    f"Probe {self.name!r}: {what} is given; expected None, since its kind is {self.spec.kind!r}."
+                )
+            object.__setattr__(self, what, tensor)
         if self.spec.residual_basis == "any":
             _check_zero_sums(self)
 
@@ -84,12 +101,12 @@ class ProbeWeights:
             ProbeWeights.from_direction(positive_mean - negative_mean, name="deceit", hook_points="blocks.6.hook_resid_post")
         """
         hooks = (hook_points,) if isinstance(hook_points, str) else tuple(hook_points)
-        rows = torch.atleast_2d(_as_tensor(direction))
+        rows = torch.atleast_2d(as_tensor(direction))
         d_model, rest = divmod(rows.shape[-1], max(len(hooks), 1))
         if rest:
             raise InputError(f"direction has {rows.shape[-1]} columns; expected a multiple of its {len(hooks)} hook points.")
         spec = ProbeSpec(name=name, hook_points=hooks, d_model=d_model, labels=tuple(labels), **spec_fields)
-        offsets = _as_tensor(intercept)
+        offsets = as_tensor(intercept)
         return cls(rows, offsets.expand(spec.n_outputs) if offsets.ndim == 0 else offsets, spec)
 
     @property
@@ -125,22 +142,40 @@ class ProbeWeights:
         return f"ProbeWeights({self.name!r}, hook_points={self.hook_points}, labels={self.labels}, threshold={limit})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ProbeWeights, (self.direction, self.intercept, self.spec)  # without the copies on other devices
+        tensors = (self.direction, self.intercept, self.spec, self.readout, self.readout_intercept)
+        return ProbeWeights, tensors  # without the copies on other devices
 
     def __call__(self, activations: Tensor) -> Tensor:
         """The same as `logits`."""
         return self.logits(activations)
 
-    def logits(self, activations: Tensor) -> Tensor:
-        """Scores before the sigmoid or softmax, in float32 on the activations' device.
+    @cached_property
+    def head(self) -> Head:
+        """What makes logits of the readings; see `lmprobe_tl.heads`."""
+        spec, sizes = self.spec, self.spec.head
+        if self.readout is not None and self.readout_intercept is not None:
+            polynomial = spec.kind == "polynomial"
+            orders = polynomial_orders(sizes.degree or 1, sizes.rank or 1) if polynomial else None
+            return ReadoutHead(spec.n_outputs, self.readout, self.readout_intercept, orders)
+        return (
+            SequenceHead(spec.kind, sizes.n_heads or 1, sizes.window) if spec.reduces_tokens else TokenHead(spec.n_outputs)
+        )
 
-        activations: [..., n_hook_points*d_model], any float dtype and device; several hook points concatenated in the order
-        of `hook_points`. Returns [...] for a binary probe, else [..., n_classes]. IncompatibleProbeError: another width.
-        """
+    def readings(self, activations: Tensor) -> Tensor:
+        """What the probe reads off each token, [..., n_readings] float32; activations as in `logits`."""
         self._check_activations(activations)
         direction, intercept = self._weights_on(activations.device)
-        with _without_autocast(activations.device):
-            logits = torch.nn.functional.linear(activations.float(), direction, intercept)
+        with without_autocast(activations.device):
+            return torch.nn.functional.linear(activations.float(), direction, intercept)
+
+    def logits(self, activations: Tensor) -> Tensor:
+        """Scores of single tokens before the sigmoid or softmax, in float32 on the activations' device.
+
+        activations: [..., n_hook_points*d_model], any float dtype and device; several hook points concatenated in the order
+        of `hook_points`. Returns [...] for a binary probe, else [..., n_classes]. A probe that reduces its tokens itself
+        gives the logit of each token alone; see `sequence_logits`. IncompatibleProbeError: another width.
+        """
+        logits = self.head.token_logits(self.readings(activations))
         return rearrange(logits, "... 1 -> ...") if self.is_binary else logits
 
     def probabilities(self, activations: Tensor) -> Tensor:
@@ -148,8 +183,24 @@ class ProbeWeights:
         logits = self.logits(activations)
         return torch.sigmoid(logits) if self.is_binary else torch.softmax(logits, dim=-1)
 
+    def sequence_logits(self, activations: Tensor, attention_mask: AttentionMask | None = None) -> Tensor:
+        """The logit of each row from all its tokens, [batch], for a probe that reduces its tokens itself.
+
+        activations: [batch pos n_hook_points*d_model]; attention_mask: [batch pos], 1 = counts, so that a BOS that the probe
+        leaves out is 0. InputError for other kinds, whose token logits a pooling reduces; EmptyMaskError for a row where
+        nothing counts.
+        """
+        if not isinstance(self.head, SequenceHead):
+            raise InputError(
+                f"probe {self.name!r} is of kind {self.spec.kind!r}, which scores token by token; reduce `logits` with "
+                f"pooling.reduce_scores, or score whole prompts with score_prompts."
+            )
+        readings = self.readings(activations)
+        counted = rearrange(real_tokens(attention_mask, readings), "batch pos -> batch pos 1")
+        return self.head.batch(torch.where(counted, readings.double(), 0.0), counted).float()[:, 0]
+
     def direction_at(self, hook_name: str) -> Tensor:
-        """The block of the direction [n_outputs, d_model] that reads this hook point."""
+        """The block of the direction [n_readings, d_model] that reads this hook point."""
         if hook_name not in self.hook_points:
             raise InputError(f"Probe {self.name!r} does not read {hook_name!r}; it reads {', '.join(self.hook_points)}.")
         start = self.hook_points.index(hook_name) * self.d_model
@@ -166,7 +217,7 @@ class ProbeWeights:
             return self
         blocks = self._blocks()
         centred = blocks - blocks.mean(dim=-1, keepdim=True)
-        direction = rearrange(centred, "n_outputs hook d_model -> n_outputs (hook d_model)")
+        direction = rearrange(centred, "n_readings hook d_model -> n_readings (hook d_model)")
         return replace(self, direction=direction, spec=replace(self.spec, residual_basis="any"))
 
     def with_threshold(
@@ -205,7 +256,7 @@ class ProbeWeights:
                 f"probe {self.name!r} has no probability calibration; make one with calibrate(..., positive_prompts=..., "
                 "probability=True)."
             )
-        logits = _as_tensor(scores)
+        logits = as_tensor(scores)
         if not logits.is_floating_point() or logits.isnan().any():
             raise InputError(f"scores are {shown(logits)}; expected logits, floats that are not NaN.")
         logits = logits.nan_to_num(posinf=HIGHEST_LOGIT, neginf=LOWEST_LOGIT)
@@ -214,6 +265,10 @@ class ProbeWeights:
     def with_inference_pooling(self, strategy: str) -> ProbeWeights:
         """A copy that pools by another strategy, such as 'score:max'. It has no threshold, probability calibration and
         metrics: all were of the old score."""
+        if self.spec.reduces_tokens:
+            raise InputError(
+                f"probe {self.name!r} is of kind {self.spec.kind!r}, which reduces its tokens itself and pools no other way."
+            )
         parse_pooling_strategy(strategy)
         pooling = replace(self.spec.pooling, inference=strategy)
         spec = replace(self.spec, pooling=pooling, threshold=None, probability_calibration=None, metrics={})
@@ -234,8 +289,10 @@ class ProbeWeights:
         return save_probe(self, path, overwrite=overwrite)
 
     def _blocks(self) -> Tensor:
-        """The direction by hook point, [n_outputs, hook, d_model]; float64, whose sums do not round."""
-        return rearrange(self.direction.double(), "n_outputs (hook d_model) -> n_outputs hook d_model", d_model=self.d_model)
+        """The direction by hook point, [n_readings, hook, d_model]; float64, whose sums do not round."""
+        return rearrange(
+            self.direction.double(), "n_readings (hook d_model) -> n_readings hook d_model", d_model=self.d_model
+        )
 
     def _weights_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device == self.direction.device:
@@ -260,25 +317,6 @@ class ProbeWeights:
             )
 
 
-def _as_tensor(values: Any) -> Tensor:
-    # float32 said aloud: the default dtype may be a narrower one
-    return values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float32)
-
-
-def _own_copy(values: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
-    """A float32 copy on the CPU that shares nothing with the caller's tensor and its graph."""
-    if not isinstance(values, Tensor) or values.is_complex():
-        raise InputError(f"{what} is {shown(values)}; expected a tensor of real numbers.")
-    if values.shape != shape:
-        raise InputError(f"{what} has shape {list(values.shape)}; expected {list(shape)} (outputs, hook points x d_model).")
-    with torch.inference_mode(False):
-        copy = values.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
-    if not copy.isfinite().all():
-        first = (~copy.isfinite()).nonzero()[0].tolist()
-        raise InputError(f"{what} is {copy[tuple(first)].item()} at {first}; expected numbers that are finite in float32.")
-    return copy
-
-
 def _check_zero_sums(weights: ProbeWeights) -> None:
     blocks = weights._blocks()
     sums, sizes = blocks.sum(dim=-1), blocks.abs().sum(dim=-1)
@@ -292,8 +330,12 @@ def _check_zero_sums(weights: ProbeWeights) -> None:
         )
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    # inside torch.autocast the product would silently be computed in bfloat16
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+def tensor_shapes(spec: ProbeSpec) -> dict[str, tuple[int, ...]]:
+    """The tensors that a probe of this spec has, with their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "direction": (spec.n_readings, len(spec.hook_points) * spec.d_model),
+        "intercept": (spec.n_readings,),
+    }
+    if spec.has_readout:
+        shapes |= {"readout": (spec.n_outputs, spec.n_readings), "readout_intercept": (spec.n_outputs,)}
+    return shapes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from lmprobe_tl.live.crossings import Crossings
 from lmprobe_tl.live.history import History
 from lmprobe_tl.live.rows import LiveRows, RowEnds
 from lmprobe_tl.live.scoring_plan import ScoringPlan
-from lmprobe_tl.reductions import make_online
 
 # Generated columns that wait for the next round of work; fewer where somebody asks.
 _WAITING = 64
@@ -20,11 +18,12 @@ _WAITING = 64
 
 @dataclass(frozen=True)
 class _Columns:
-    """tokens: [batch new]; mask: [batch new] bool, None where all are tokens; logits: [batch new n_columns]."""
+    """tokens: [batch new]; mask: [batch new] bool, None where all are tokens; readings: [batch new
+    n_readings]."""
 
     tokens: Tensor
     mask: Tensor | None
-    logits: Tensor
+    readings: Tensor
 
     @property
     def filled_mask(self) -> Tensor:
@@ -33,10 +32,11 @@ class _Columns:
 
 @dataclass(frozen=True)
 class _Reduced:
-    """The same with real columns [batch new] bool and values of the online reductions [batch new n_columns]."""
+    """The same with real columns [batch new] bool, logits and values of the online reductions [batch new n_columns]."""
 
     columns: _Columns
     real: Tensor
+    logits: Tensor
     running: Tensor
 
 
@@ -66,10 +66,8 @@ class LiveColumns:
         self.not_finite = torch.zeros(n_rows, plan.n_columns, dtype=torch.bool, device=device)
         self.defied = torch.zeros(n_rows, dtype=torch.bool, device=device)
         self.tokens, self.real, self.logits, self.running = History(), History(), History(), History()
-        self._groups, self._keep_scores = groups, keep_scores
-        self._online: list[Any] = [
-            make_online(group.reduction.name, group.reduction.parameter, n_rows, group.n_columns, device) for group in groups
-        ]
+        self._plan, self._keep_scores = plan, keep_scores
+        self._online = [group.make_online(n_rows, device) for group in groups]
         self._alarmed = torch.zeros(n_rows, dtype=torch.bool, device=device)
         self._confirmed_at: Tensor | None = None  # [batch] int, the column at which a judge confirmed an alarm
         self._forcing = False
@@ -81,12 +79,12 @@ class LiveColumns:
     def n_rows(self) -> int:
         return len(self._alarmed)
 
-    def add(self, tokens: Tensor, mask: Tensor | None, logits: Tensor, *, generated: bool) -> None:
+    def add(self, tokens: Tensor, mask: Tensor | None, readings: Tensor, *, generated: bool) -> None:
         """Take in the next columns: of a prompt, or one of generated tokens. Shapes as in `_Columns`."""
         if not generated or not self._generated or len(self._waiting) + len(self._reduced) >= _WAITING:
             self.advance()
         self._generated = generated
-        self._waiting.append(_Columns(tokens, mask, logits))
+        self._waiting.append(_Columns(tokens, mask, readings))
         if not generated:
             self.advance()
 
@@ -116,7 +114,7 @@ class LiveColumns:
             return
         tokens = _joined([part.columns.tokens for part in reduced])
         mask = _joined([part.columns.filled_mask for part in reduced])
-        logits = _joined([part.columns.logits for part in reduced])
+        logits = _joined([part.logits for part in reduced])
         real, running = _joined([part.real for part in reduced]), _joined([part.running for part in reduced])
         first = self.tokens.n_columns
         self.rows.settle(tokens, mask, real, generated=self._generated)
@@ -146,18 +144,20 @@ class LiveColumns:
         if len(waiting) > 1:
             tokens = _joined([part.tokens for part in waiting])
             mask = _joined([part.filled_mask for part in waiting])
-            columns = _Columns(tokens, mask, _joined([part.logits for part in waiting]))
+            columns = _Columns(tokens, mask, _joined([part.readings for part in waiting]))
         if self._generated:
             real, counted = self.rows.generated(columns.tokens, columns.mask)
         else:
             real, counted = self.rows.prompt(columns.tokens, columns.filled_mask)
-        parts = [
-            online.update(group.enter(columns.logits[..., group.columns]), real if group.reduction.counts_bos else counted)
-            for group, online in zip(self._groups, self._online, strict=True)
-        ]
-        running = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        logits = self._plan.token_logits(columns.readings)
+        running = self._plan.advance(
+            self._online,
+            columns.readings,
+            logits,
+            lambda online, group, z: online.update(z, real if group.reduction.counts_bos else counted),
+        )
         self._alarmed = self._alarmed | self.crossings.alarms(running)
-        self._reduced.append(_Reduced(columns, real, running))
+        self._reduced.append(_Reduced(columns, real, logits, running))
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

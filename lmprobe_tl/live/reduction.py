@@ -9,6 +9,7 @@ from torch import Tensor
 from lmprobe_tl.errors import IncompatibleProbeError
 from lmprobe_tl.online import wide_dtype
 from lmprobe_tl.pooling import parse_pooling_strategy
+from lmprobe_tl.probe_spec import ThresholdUnit
 from lmprobe_tl.reductions import REDUCTIONS
 from lmprobe_tl.weights import ProbeWeights
 
@@ -17,16 +18,23 @@ from lmprobe_tl.weights import ProbeWeights
 class LiveReduction:
     """How the running score of a probe follows from its logits: `before`, then the online reduction `name`, then `after`.
 
+    name is None where the probe's head reduces its readings itself.
+
     before, after: 'none', 'sigmoid' or 'softmax'. unit: of the running score, 'probability' or 'logit'. counts_bos: whether
     a leading BOS takes part.
     """
 
-    name: str
+    name: str | None
     parameter: float | int | None
     before: str
     after: str
     unit: str
     counts_bos: bool
+
+    @property
+    def own_unit(self) -> ThresholdUnit:
+        """The unit that it runs in for a binary probe, where nothing is rounded away."""
+        return "logit" if self.before == "none" else "probability"
 
     def in_unit(self, values: Tensor, unit: str) -> Tensor:
         """Values of the online reduction of a binary probe as 'probability' or 'logit', whatever it runs in."""
@@ -50,6 +58,8 @@ def live_reduction(weights: ProbeWeights) -> LiveReduction:
 
     Pooling the activations by mean, first or last token is linear, so it is the same reduction of the logits.
     """
+    if weights.spec.reduces_tokens:
+        return LiveReduction(None, None, "none", "sigmoid", "probability", weights.spec.pooling.include_bos)
     strategy = weights.spec.pooling.inference
     parsed = parse_pooling_strategy(strategy)
     name = "last_token" if parsed.base_strategy == "all" else parsed.base_strategy  # 'all': every token speaks for itself

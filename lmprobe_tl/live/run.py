@@ -73,8 +73,8 @@ class LiveRun:
             raise MonitorError(f"the batch went from {self.n_rows} to {call.tokens.shape[0]} rows within one generation.")
         return self.n_columns - call.start
 
-    def add(self, call: ForwardCall, logits: Tensor) -> None:
-        """Take in the logits [batch new n_columns] of the columns of a forward pass that were not scored before."""
+    def add(self, call: ForwardCall, readings: Tensor) -> None:
+        """Take in the readings [batch new n_readings] of the columns of a forward pass that were not scored before."""
         with self._lock:
             skip = self.new_columns(call)
             tokens = call.tokens[:, skip:].clone()  # a view would keep the whole batch of tokens alive
@@ -92,7 +92,7 @@ class LiveRun:
             n_columns = call.start + call.tokens.shape[1]
             if not generated and self.prompt_columns == self.n_columns:
                 self.prompt_columns = n_columns
-            self._columns.add(tokens, mask, logits, generated=generated)
+            self._columns.add(tokens, mask, readings, generated=generated)
             self.n_columns = n_columns
 
     def note_moved_rows(self, moved: Tensor) -> None:

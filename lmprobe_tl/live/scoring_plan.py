@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from lmprobe_tl.heads import Head, SequenceHead, TokenHead
 from lmprobe_tl.live.records import Escalate
 from lmprobe_tl.live.reduction import LiveReduction, live_reduction, sigmoid
 from lmprobe_tl.live.watches import watches_of
+from lmprobe_tl.online import OnlineReduction
+from lmprobe_tl.reductions import make_online
 from lmprobe_tl.weights import ProbeWeights
 
 
 @dataclass(frozen=True)
 class HookColumns:
-    """All directions that read one hook point: `weight` [d_model columns], `bias` [columns], and the output column of
-    each."""
+    """All directions that read one hook point: `weight` [d_model columns], `bias` [columns], and which reading of the plan
+    each is part of."""
 
     weight: Tensor
     bias: Tensor
     columns: Tensor
     on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def partial_logits(self, activations: Tensor) -> Tensor:
+    def partial_readings(self, activations: Tensor) -> Tensor:
         """activations [batch pos d_model] -> [batch pos columns], float32 on the activations' device, in one matrix
         product."""
         weight, bias = self._on(activations.device)
@@ -34,10 +37,10 @@ class HookColumns:
         flat = activations.detach().float().reshape(batch * pos, d_model)
         if torch.is_autocast_enabled(flat.device.type):  # it would narrow the scores to bfloat16
             with torch.autocast(flat.device.type, enabled=False):
-                logits = torch.addmm(bias, flat, weight)
+                readings = torch.addmm(bias, flat, weight)
         else:
-            logits = torch.addmm(bias, flat, weight)
-        return logits.view(batch, pos, -1)
+            readings = torch.addmm(bias, flat, weight)
+        return readings.view(batch, pos, -1)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self.on_device:
@@ -47,9 +50,14 @@ class HookColumns:
 
 @dataclass(frozen=True)
 class ReductionGroup:
-    """Output columns side by side whose running scores follow the same reduction: probe `p` has `places[p]` among them."""
+    """Output columns side by side that the same reduction and the same head make: probe `p` has `places[p]` among them.
+
+    readings: which of the plan's readings they come from; those of a linear head are its logits.
+    """
 
     reduction: LiveReduction
+    head: Head
+    readings: slice
     columns: slice
     n_classes: int
     places: Mapping[str, slice]
@@ -58,9 +66,21 @@ class ReductionGroup:
     def n_columns(self) -> int:
         return self.columns.stop - self.columns.start
 
-    def enter(self, logits: Tensor) -> Tensor:
-        """Logits of this group's columns, [batch pos columns], as the online reduction wants them."""
-        return self._squash(logits, self.reduction.before)
+    def token_logits(self, readings: Tensor) -> Tensor:
+        """Readings of this group [batch pos readings] -> logits of single tokens [batch pos columns]."""
+        return self.head.token_logits(readings)
+
+    def make_online(self, n_rows: int, device: torch.device | str = "cpu") -> OnlineReduction:
+        """A fresh online reduction of this group's columns, for what `enter` gives."""
+        if isinstance(self.head, SequenceHead):
+            n_readings = self.readings.stop - self.readings.start
+            return OnlineReduction(self.head.start, self.head.step, (), n_rows, n_readings, device, n_scores=self.n_columns)
+        assert self.reduction.name is not None
+        return make_online(self.reduction.name, self.reduction.parameter, n_rows, self.n_columns, device)
+
+    def enter(self, readings: Tensor, logits: Tensor) -> Tensor:
+        """What the online reduction takes: of this group, readings [batch pos readings] or logits [batch pos columns]."""
+        return readings if isinstance(self.head, SequenceHead) else self._squash(logits, self.reduction.before)
 
     def leave(self, running: Tensor) -> Tensor:
         """Running values of the online reduction as scores; with several classes they sum to 1."""
@@ -97,27 +117,31 @@ class ScoringPlan:
             for name, place in group.places.items()
         }
         self.n_columns = self.groups[-1].columns.stop
+        self.n_readings = self.groups[-1].readings.stop
+        self._readings_are_logits = all(type(group.head) is TokenHead for group in self.groups)
         hook_names = dict.fromkeys(name for weights in probes for name in weights.hook_points)
         self.hooks = {name: self._hook_columns(name) for name in hook_names}
         starts = {name: columns.start for name, columns in self.columns.items()}
         self.watches = watches_of(self.probes, starts, self.reductions, cascades or {}, self.n_columns)
-        # Output column of each column of the matrices, side by side; each once and in order is the usual case.
+        # The reading that each column of the matrices, side by side, is part of; each once and in order is the usual case.
         order = torch.cat([hook.columns for hook in self.hooks.values()])
-        self._straight = torch.equal(order, torch.arange(self.n_columns))
+        self._straight = torch.equal(order, torch.arange(self.n_readings))
         self._order = {order.device: order}
 
     def _groups(self) -> list[ReductionGroup]:
-        members: dict[tuple[LiveReduction, int], list[str]] = {}
+        members: dict[tuple[LiveReduction, Head, int], list[str]] = {}
         for name, reduction in self.reductions.items():
-            members.setdefault((reduction, len(self.probes[name].labels)), []).append(name)
+            probe = self.probes[name]
+            members.setdefault((reduction, probe.head, probe.n_classes), []).append(name)
         groups: list[ReductionGroup] = []
-        start = 0
-        for (reduction, n_classes), names in members.items():
-            width = 1 if n_classes == 2 else n_classes
+        start = read = 0
+        for (reduction, head, n_classes), names in members.items():
+            width = head.n_outputs
             places = {name: slice(at * width, (at + 1) * width) for at, name in enumerate(names)}
-            stop = start + width * len(names)
-            groups.append(ReductionGroup(reduction, slice(start, stop), n_classes, places))
-            start = stop
+            columns = slice(start, start + width * len(names))
+            readings = slice(read, read + head.n_readings * len(names))
+            groups.append(ReductionGroup(reduction, head, readings, columns, n_classes, places))
+            start, read = columns.stop, readings.stop
         return groups
 
     def _hook_columns(self, hook_name: str) -> HookColumns:
@@ -129,17 +153,23 @@ class ScoringPlan:
             weights.append(probe.direction_at(hook_name))
             first = probe.hook_points[0] == hook_name  # the intercept counts once
             biases.append(probe.intercept if first else torch.zeros_like(probe.intercept))
-            columns.append(torch.arange(self.n_columns)[self.columns[name]])
+            columns.append(self._readings_of(name))
         weight = rearrange(torch.cat(weights), "columns d_model -> d_model columns").contiguous()
         return HookColumns(weight, torch.cat(biases), torch.cat(columns))
+
+    def _readings_of(self, name: str) -> Tensor:
+        """Which of the plan's readings are those of a probe, in the order of its direction's rows."""
+        group, n_readings = self.group_of(name), self.probes[name].spec.n_readings
+        first = group.readings.start + list(group.places).index(name) * n_readings
+        return torch.arange(first, first + n_readings)
 
     def group_of(self, name: str) -> ReductionGroup:
         """The reduction group that a probe belongs to."""
         return next(group for group in self.groups if name in group.places)
 
     def combine(self, partials: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Partial logits of all hook points, each [batch pos columns], in the order of `hooks` -> logits [batch pos
-        n_columns]."""
+        """Partial readings of all hook points, each [batch pos columns], in the order of `hooks` -> readings [batch pos
+        n_readings]."""
         if len(partials) == 1 and self._straight:
             return partials[0].to(device)
         side_by_side = torch.cat([partial.to(device) for partial in partials], dim=-1)
@@ -147,5 +177,26 @@ class ScoringPlan:
             return side_by_side
         if device not in self._order:  # moved once: a copy in every step would wait for the device
             self._order[device] = next(iter(self._order.values())).to(device)
-        empty = side_by_side.new_zeros(*side_by_side.shape[:-1], self.n_columns)
+        empty = side_by_side.new_zeros(*side_by_side.shape[:-1], self.n_readings)
         return empty.index_add(-1, self._order[device], side_by_side)
+
+    def token_logits(self, readings: Tensor) -> Tensor:
+        """Readings [batch pos n_readings] -> logits of single tokens [batch pos n_columns]."""
+        if self._readings_are_logits:
+            return readings
+        parts = [group.token_logits(readings[..., group.readings]) for group in self.groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def advance(
+        self,
+        onlines: Sequence[OnlineReduction],
+        readings: Tensor,
+        logits: Tensor,
+        update: Callable[[OnlineReduction, ReductionGroup, Tensor], Tensor],
+    ) -> Tensor:
+        """The values of the online reductions [batch pos n_columns] after the next positions, group by group."""
+        parts = [
+            update(online, group, group.enter(readings[..., group.readings], logits[..., group.columns]))
+            for group, online in zip(self.groups, onlines, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

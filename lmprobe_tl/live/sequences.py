@@ -7,20 +7,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
-from einops import rearrange
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.generation import GenerationResult, monitored_generate
+from lmprobe_tl.generation import monitored_generate
 from lmprobe_tl.hook_points import context_length
 from lmprobe_tl.live.records import Alarm
-from lmprobe_tl.live.reduction import live_reduction
-from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.monitor import Monitor
-from lmprobe_tl.reductions import make_online
 from lmprobe_tl.scoring import live_unit, score_batches
 from lmprobe_tl.tokens import (
     Prompt,
@@ -29,7 +22,6 @@ from lmprobe_tl.tokens import (
     check_rows_count,
     token_budget,
     tokenize_prompts,
-    without_bos,
 )
 from lmprobe_tl.weights import ProbeWeights
 
@@ -126,23 +118,10 @@ def continued_texts(
             prompts = [np.array(rows[index], dtype=np.int64) for index in indices]
             results = monitored_generate(model, prompts, probes, max_new_tokens=max_new_tokens, strict=strict, **sampling)
             for weights in probes:
-                maxima = _maxima_of(weights, results, bos_id(model))
-                for index, one, maximum in zip(indices, results, maxima.tolist(), strict=True):
+                for index, one in zip(indices, results, strict=True):
                     crossing = _crossing(one.alarms, weights.name)
-                    seen[weights.name][index] = LiveSequence(len(one.tokens), one.prompt_length, crossing, maximum)
+                    seen[weights.name][index] = LiveSequence(
+                        len(one.tokens), one.prompt_length, crossing, one.maxima[weights.name]
+                    )
             bar.update(len(indices))
     return seen
-
-
-def _maxima_of(weights: ProbeWeights, results: Sequence[GenerationResult], bos: int | None) -> Tensor:
-    """Running maxima [n_results] in `live_unit`, from the logits: the results' own running scores are probabilities, which
-    near 1 are all the same number."""
-    reduction, (group,) = live_reduction(weights), ScoringPlan([weights]).groups
-    rows = [one.scores[weights.name] for one in results]
-    logits = pad_sequence(rows, batch_first=True)
-    tokens = pad_sequence([one.tokens[: len(row)] for one, row in zip(results, rows, strict=True)], batch_first=True)
-    real = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
-    counted = real if reduction.counts_bos else without_bos(tokens, real, bos)
-    online = make_online(reduction.name, reduction.parameter, len(rows), 1)
-    running = online.update(group.enter(rearrange(logits, "row pos -> row pos 1")), counted)[..., 0]
-    return running.nan_to_num(nan=-torch.inf).amax(dim=1)  # NaN stands before the first position that counts

@@ -90,7 +90,7 @@ def _lowest_reaching(reduction: LiveReduction, threshold: float, unit: str) -> f
     very score: so it is looked for among the numbers themselves, and a step is one comparison.
     """
     limit = torch.tensor(threshold, dtype=torch.float32)
-    if unit == ("logit" if reduction.before == "none" else "probability"):
+    if unit == reduction.own_unit:
         return limit.item()
     lowest, highest = (0, _AS_INTEGER_1) if reduction.before != "none" else (-_AS_INTEGER_INF, _AS_INTEGER_INF)
     if not bool(reduction.in_unit(_float_at(highest), unit) >= limit):

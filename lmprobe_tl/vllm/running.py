@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmprobe_tl.live.scoring_plan import ScoringPlan
-from lmprobe_tl.reductions import make_online
+from lmprobe_tl.live.scoring_plan import ReductionGroup, ScoringPlan
+from lmprobe_tl.online import OnlineReduction
 
 _FIRST_ROWS = 16
 
@@ -31,10 +31,7 @@ class RunningScores:
     def __init__(self, plan: ScoringPlan) -> None:
         self._plan = plan
         self._n_rows = _FIRST_ROWS
-        self._online = [
-            make_online(group.reduction.name, group.reduction.parameter, _FIRST_ROWS, group.n_columns, torch.device("cpu"))
-            for group in plan.groups
-        ]
+        self._online = [group.make_online(_FIRST_ROWS) for group in plan.groups]
         watches = plan.watches
         columns = range(plan.n_columns) if watches.columns is None else watches.columns.tolist()
         self._lines = np.array(list(columns), dtype=np.int64)[: watches.n_positive]
@@ -59,24 +56,26 @@ class RunningScores:
     def crossings(self, row: int) -> list[Crossing]:
         return self._crossings.get(row, [])
 
-    def update(self, rows: np.ndarray, logits: np.ndarray, positions: np.ndarray, is_bos: np.ndarray) -> np.ndarray:
-        """Take in the next positions of some rows, all different: the values of the online reductions after each.
+    def update(
+        self, rows: np.ndarray, readings: np.ndarray, positions: np.ndarray, is_bos: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Take in the next positions of some rows, all different. Returns the logits of these positions and the values of
+        the online reductions after each, [batch new n_columns] both.
 
-        rows: [batch]; logits: [batch new n_columns], NaN where unknown, which does not count; positions, is_bos: [batch
+        rows: [batch]; readings: [batch new n_readings], NaN where unknown, which does not count; positions, is_bos: [batch
         new].
         """
-        scores, which = torch.from_numpy(logits), torch.from_numpy(rows)
-        known = scores.isfinite().all(dim=-1)
+        read, which = torch.from_numpy(readings), torch.from_numpy(rows)
+        known = read.isfinite().all(dim=-1)
         past_bos = known & ~torch.from_numpy(is_bos)
-        parts: list[Tensor] = [
-            online.update_rows(
-                which, group.enter(scores[..., group.columns]), known if group.reduction.counts_bos else past_bos
-            )
-            for group, online in zip(self._plan.groups, self._online, strict=True)
-        ]
-        values = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).numpy()
+        scores = self._plan.token_logits(read)
+
+        def update(online: OnlineReduction, group: ReductionGroup, z: Tensor) -> Tensor:
+            return online.update_rows(which, z, known if group.reduction.counts_bos else past_bos)
+
+        values, logits = self._plan.advance(self._online, read, scores, update).numpy(), scores.numpy()
         self._note_crossings(rows, logits, values, positions)
-        return values
+        return logits, values
 
     def _note_crossings(self, rows: np.ndarray, logits: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
         reached = values[..., self._lines] >= self._limits  # [batch new lines]; NaN reaches nothing

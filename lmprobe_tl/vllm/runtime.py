@@ -51,7 +51,7 @@ class RequestScores:
 class ScoreBook:
     """The scores of all requests of an engine, from the steps that it runs.
 
-    Fed in order: `begin_step` with what is scheduled, `end_step` with the logits of its tokens. layout: None for an engine
+    Fed in order: `begin_step` with what is scheduled, `end_step` with the readings of its tokens. layout: None for an engine
     whose cache does not hold every token; scores of tokens that it serves are then unknown. keep_finished: False where
     scores are read while requests run (`unsent`), so that nothing is held of those that are over.
     """
@@ -71,7 +71,8 @@ class ScoreBook:
         n = self.plan.n_columns
         self._pages = Pages(2 * n)  # logits, then values of the online reductions
         self._running = RunningScores(self.plan)
-        self._slots = None if self.layout is None else SlotCache(self.layout.n_blocks, self.layout.block_size, n)
+        n_kept = self.plan.n_readings  # which a head may need all of
+        self._slots = None if self.layout is None else SlotCache(self.layout.n_blocks, self.layout.block_size, n_kept)
         self._free_rows: list[int] = []
         self._n_rows = 0
 
@@ -91,27 +92,27 @@ class ScoreBook:
             if request_id in self._requests:
                 self._slots.add_blocks(self._requests[request_id].row, blocks[self.layout.group])  # type: ignore
 
-    def end_step(self, step: Step, order: Sequence[str], logits: np.ndarray) -> list[OpenRequest]:
-        """logits: [n_tokens n_columns] of the step's tokens, request after request as in `order`. Returns the requests that
-        got scores."""
+    def end_step(self, step: Step, order: Sequence[str], readings: np.ndarray) -> list[OpenRequest]:
+        """readings: [n_tokens n_readings] of the step's tokens, request after request as in `order`. Returns the requests
+        that got scores."""
         counts = np.fromiter((step.counts[name] for name in order), dtype=np.int64, count=len(order))
-        if counts.sum() != len(logits):
-            raise EngineError(f"a step had {len(logits)} tokens, but its requests {counts.sum()}: whose are they?")
+        if counts.sum() != len(readings):
+            raise EngineError(f"a step had {len(readings)} tokens, but its requests {counts.sum()}: whose are they?")
         starts = np.fromiter((step.starts[name] for name in order), dtype=np.int64, count=len(order))
         requests = [self._requests.get(name) for name in order]
         if None in requests:  # opened before the probes were
             kept = np.array([request is not None for request in requests], dtype=bool)
-            logits = logits[np.repeat(kept, counts)]
+            readings = readings[np.repeat(kept, counts)]
             counts, starts = counts[kept], starts[kept]
         known: list[OpenRequest] = [request for request in requests if request is not None]
         if not known:
             return []
         rows = np.fromiter((request.row for request in known), dtype=np.int64, count=len(known))
         token_rows = np.repeat(rows, counts)
-        positions = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(len(logits))
+        positions = np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(len(readings))
         if self._slots is not None:
-            self._slots.write(token_rows, positions, logits)
-        self._score(known, rows, counts, starts, logits)
+            self._slots.write(token_rows, positions, readings)
+        self._score(known, rows, counts, starts, readings)
         return known
 
     def _score(
@@ -120,53 +121,57 @@ class ScoreBook:
         rows: np.ndarray,
         counts: np.ndarray,
         starts: np.ndarray,
-        logits: np.ndarray,
+        readings: np.ndarray,
     ) -> None:
         done = np.fromiter((request.done for request in requests), dtype=np.int64, count=len(requests))
         ends = np.cumsum(counts)
         is_next = (counts == 1) & (starts == done)  # decoding, as nearly all do: scored together
         together, others = np.flatnonzero(is_next), np.flatnonzero(~is_next)
         if len(together):
-            self._score_next([requests[at] for at in together], rows[together], starts[together], logits[ends[together] - 1])
+            self._score_next(
+                [requests[at] for at in together], rows[together], starts[together], readings[ends[together] - 1]
+            )
         for at in others.tolist():
-            self._score_one(requests[at], int(starts[at]), logits[ends[at] - counts[at] : ends[at]])
+            self._score_one(requests[at], int(starts[at]), readings[ends[at] - counts[at] : ends[at]])
         for request, stop in zip(requests, (starts + counts).tolist(), strict=True):
             request.done = max(request.done, stop)
             request.seen = max(request.seen, stop)
             if request.end_token is not None and self._running.crossings(request.row):
                 self._ends[request.request_id] = request.end_token
 
-    def _score_next(self, requests: list[OpenRequest], rows: np.ndarray, positions: np.ndarray, logits: np.ndarray) -> None:
-        """The next token of each of some requests: rows, positions [n], logits [n n_columns]."""
+    def _score_next(
+        self, requests: list[OpenRequest], rows: np.ndarray, positions: np.ndarray, readings: np.ndarray
+    ) -> None:
+        """The next token of each of some requests: rows, positions [n], readings [n n_readings]."""
         is_bos = np.zeros((len(rows), 1), dtype=bool)
         if not positions.all():
             is_bos[:, 0] = [at == 0 and request.has_bos for at, request in zip(positions, requests, strict=True)]
-        values = self._running.update(rows, logits[:, None], positions[:, None], is_bos)[:, 0]
-        self._pages.write(rows, positions, np.concatenate([logits, values], axis=1))
-        self._count(logits)
+        logits, values = self._running.update(rows, readings[:, None], positions[:, None], is_bos)
+        self._pages.write(rows, positions, np.concatenate([logits[:, 0], values[:, 0]], axis=1))
+        self._count(readings)
 
-    def _score_one(self, request: OpenRequest, start: int, logits: np.ndarray) -> None:
+    def _score_one(self, request: OpenRequest, start: int, readings: np.ndarray) -> None:
         """Tokens from position `start` on, after those that the prefix cache serves; what was scored before a request was
         pushed out of the cache stays as it was."""
         if request.done < start:
-            missing = np.full((start - request.done, self.plan.n_columns), np.nan, dtype=np.float32)
+            missing = np.full((start - request.done, self.plan.n_readings), np.nan, dtype=np.float32)
             if self._slots is not None and request.cached >= start:
                 missing = self._slots.read(request.row, request.done, start)
-            logits, start = np.concatenate([missing, logits]), request.done
-        logits, start = logits[max(0, request.done - start) :], max(start, request.done)
-        if not len(logits):
+            readings, start = np.concatenate([missing, readings]), request.done
+        readings, start = readings[max(0, request.done - start) :], max(start, request.done)
+        if not len(readings):
             return
-        positions = np.arange(start, start + len(logits))
+        positions = np.arange(start, start + len(readings))
         is_bos = (positions == 0) & request.has_bos
         rows = np.array([request.row])
-        values = self._running.update(rows, logits[None], positions[None], is_bos[None])[0]
-        self._pages.write(np.full(len(logits), request.row), positions, np.concatenate([logits, values], axis=1))
-        self._count(logits)
+        logits, values = self._running.update(rows, readings[None], positions[None], is_bos[None])
+        self._pages.write(np.full(len(readings), request.row), positions, np.concatenate([logits[0], values[0]], axis=1))
+        self._count(readings)
 
-    def _count(self, logits: np.ndarray) -> None:
-        unknown = int((~np.isfinite(logits).all(axis=1)).sum())
+    def _count(self, readings: np.ndarray) -> None:
+        unknown = int((~np.isfinite(readings).all(axis=1)).sum())
         self.n_unknown += unknown
-        self.n_scored += len(logits) - unknown
+        self.n_scored += len(readings) - unknown
 
     # --- requests ---
 
