@@ -35,8 +35,8 @@ SEQUENCE_KINDS: tuple[HeadKind, ...] = ("attention", "multimax", "rolling_attent
 
 
 @dataclass(frozen=True)
-class TokenHead:
-    """A head that gives each token its logit: readings [... n_readings] -> logits [... n_outputs]. This one is linear."""
+class LinearHead:
+    """The readings of each token are its logits. Probes of equal heads may stand side by side."""
 
     n_outputs: int
 
@@ -49,12 +49,13 @@ class TokenHead:
 
 
 @dataclass(frozen=True, eq=False)
-class ReadoutHead(TokenHead):
-    """A head with weights of its own: readout [n_outputs n_readings], readout_intercept [n_outputs].
+class ReadoutHead:
+    """A head with weights of its own, equal to itself alone: readout [n_outputs n_readings], readout_intercept [n_outputs].
 
     orders: [n_readings] int, the power of each reading in a polynomial; None for an mlp, which takes relu.
     """
 
+    n_outputs: int
     readout: Tensor
     readout_intercept: Tensor
     orders: Tensor | None = None
@@ -65,6 +66,7 @@ class ReadoutHead(TokenHead):
         return self.readout.shape[1]
 
     def token_logits(self, readings: Tensor) -> Tensor:
+        """readings [... n_readings] -> logits [... n_outputs], in the dtype of the readings."""
         readout, intercept, orders = self._on(readings.device)
         terms = readings.relu() if orders is None else readings.pow(orders)
         # wide: powers grow, and autocast narrows float32 products to bfloat16
@@ -153,7 +155,7 @@ class SequenceHead:
         return rearrange(by_head, "... (probe head) -> ... probe head", head=self.n_heads).sum(dim=-1)
 
 
-Head: TypeAlias = TokenHead | SequenceHead
+Head: TypeAlias = LinearHead | ReadoutHead | SequenceHead
 
 
 def polynomial_orders(degree: int, rank: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmprobe_tl.checked_record import shown
 from lmprobe_tl.errors import IncompatibleProbeError, InputError
-from lmprobe_tl.heads import Head, ReadoutHead, SequenceHead, TokenHead, polynomial_orders
+from lmprobe_tl.heads import Head, LinearHead, ReadoutHead, SequenceHead, polynomial_orders
 from lmprobe_tl.masks import real_tokens
 from lmprobe_tl.pooling import parse_pooling_strategy
 from lmprobe_tl.probe_spec import (
@@ -158,7 +158,7 @@ class ProbeWeights:
             orders = polynomial_orders(sizes.degree or 1, sizes.rank or 1) if polynomial else None
             return ReadoutHead(spec.n_outputs, self.readout, self.readout_intercept, orders)
         return (
-            SequenceHead(spec.kind, sizes.n_heads or 1, sizes.window) if spec.reduces_tokens else TokenHead(spec.n_outputs)
+            SequenceHead(spec.kind, sizes.n_heads or 1, sizes.window) if spec.reduces_tokens else LinearHead(spec.n_outputs)
         )
 
     def readings(self, activations: Tensor) -> Tensor:

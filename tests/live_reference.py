@@ -11,7 +11,8 @@ import torch
 from conftest import D_MODEL, Tiny
 from torch import Tensor
 
-from lmprobe_tl.probe_spec import PoolingRecord
+from lmprobe_tl.heads import SEQUENCE_KINDS
+from lmprobe_tl.probe_spec import HeadRecord, PoolingRecord, ProbeSpec
 from lmprobe_tl.weights import ProbeWeights
 
 BOS, EOS, PAD = 0, 1, 2
@@ -44,6 +45,51 @@ def make_probe(
         pooling=PoolingRecord(train="last_token", inference=inference, include_bos=include_bos),
         **spec_fields,
     )
+
+
+# Of each kind that is not linear, the sizes of its head.
+HEADS: dict[str, HeadRecord] = {
+    "mlp": HeadRecord(n_hidden=5),
+    "polynomial": HeadRecord(degree=3, rank=2),
+    "attention": HeadRecord(n_heads=3),
+    "multimax": HeadRecord(n_heads=2),
+    "rolling_attention": HeadRecord(n_heads=2, window=4),
+}
+
+
+def make_head_probe(
+    kind: Any,
+    hook_points: str | Sequence[str] = "blocks.2.hook_resid_post",
+    *,
+    name: str | None = None,
+    seed: int = 0,
+    inference: str = "score:max",
+    include_bos: bool = False,
+    scale: float = 0.1,
+    d_model: int = D_MODEL,
+    **spec_fields: Any,
+) -> ProbeWeights:
+    """A random probe of a kind that is not linear, whose logits on the tiny models are a few units wide."""
+    hooks = (hook_points,) if isinstance(hook_points, str) else tuple(hook_points)
+    own = kind in SEQUENCE_KINDS
+    spec = ProbeSpec(
+        name=name or kind,
+        hook_points=hooks,
+        d_model=d_model,
+        kind=kind,
+        head=HEADS[kind],
+        pooling=PoolingRecord(
+            train="sequence" if own else "all", inference="sequence" if own else inference, include_bos=include_bos
+        ),
+        **spec_fields,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    direction = scale * torch.randn(spec.n_readings, len(hooks) * d_model, generator=generator)
+    intercept = torch.randn(spec.n_readings, generator=generator)
+    if not spec.has_readout:
+        return ProbeWeights(direction, intercept, spec)
+    readout = torch.randn(1, spec.n_readings, generator=generator)
+    return ProbeWeights(direction, intercept, spec, readout, torch.randn(1, generator=generator))
 
 
 def many_probes() -> list[ProbeWeights]:
@@ -94,6 +140,9 @@ def expected_running(features: Tensor, weights: ProbeWeights, ids: Sequence[int]
 
 
 def _pooled(features: Tensor, weights: ProbeWeights, strategy: str) -> Tensor:
+    if weights.spec.reduces_tokens:
+        readings = (features @ weights.direction.T + weights.intercept).double()
+        return torch.tensor([_reduced_by_head(readings.tolist(), weights)]).sigmoid()
     stage, _, rest = strategy.rpartition(":")
     name, _, argument = rest.rstrip(")").partition("(")
     if name == "all":
@@ -171,3 +220,23 @@ def encode(tiny: Tiny, text: str, bos: bool | None = None) -> list[int]:
     """Token ids of a text, with BOS as the model's config says."""
     bos = bool(tiny.bridge.cfg.default_prepend_bos) if bos is None else bos
     return [BOS] * bos + tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _reduced_by_head(readings: list[list[float]], weights: ProbeWeights) -> float:
+    n, window = weights.spec.head.n_heads, weights.spec.head.window
+    assert n is not None
+    if weights.spec.kind == "multimax":
+        return sum(max(column) for column in zip(*readings, strict=True))
+    if window is not None and len(readings) > window:
+        starts = range(len(readings) - window + 1)
+        return max(_attention(readings[at : at + window], n) for at in starts)
+    return _attention(readings, n)
+
+
+def _attention(readings: list[list[float]], n_heads: int) -> float:
+    total = 0.0
+    for head in range(n_heads):
+        weights = [math.exp(token[head]) for token in readings]
+        values = [token[n_heads + head] for token in readings]
+        total += sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+    return total

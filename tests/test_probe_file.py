@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_reference import HEADS, make_head_probe
 
 from lmprobe_tl import files, probe_file, probe_spec
 from lmprobe_tl.errors import InputError, ProbeFileError
@@ -27,7 +28,8 @@ from lmprobe_tl.probe_file import load_probe, save_probe
 from lmprobe_tl.probe_summary import probe_summary
 from lmprobe_tl.weights import ProbeWeights
 
-GOLDEN = Path(__file__).parent / "data" / "golden_probe_2.safetensors"
+GOLDEN = Path(__file__).parent / "data" / "golden_probe_3.safetensors"
+GOLDEN_2 = Path(__file__).parent / "data" / "golden_probe_2.safetensors"  # written with format version 2
 GOLDEN_1 = Path(__file__).parent / "data" / "golden_probe.safetensors"  # written with format version 1
 HOOKS = ("blocks.1.hook_resid_post", "blocks.0.hook_resid_post")
 
@@ -109,11 +111,50 @@ def test_the_golden_file_of_version_1_loads_and_what_it_could_not_say_is_none() 
     assert (rows["guarantee"], rows["probability calibration"]) == ("not recorded", "none")
 
 
-def test_a_file_of_version_1_is_saved_as_version_2(tmp_path: Path) -> None:
-    assert b'\\"format_version\\":1' in GOLDEN_1.read_bytes()
-    path = load_probe(GOLDEN_1).save(tmp_path / "probe.safetensors")
-    assert b'\\"format_version\\":2' in path.read_bytes()
-    assert load_probe(path).spec == load_probe(GOLDEN_1).spec
+@pytest.mark.parametrize(("old", "version"), [(GOLDEN_1, 1), (GOLDEN_2, 2)])
+def test_an_older_file_is_saved_as_the_newest_version(old: Path, version: int, tmp_path: Path) -> None:
+    assert f'\\"format_version\\":{version}'.encode() in old.read_bytes()
+    path = load_probe(old).save(tmp_path / "probe.safetensors")
+    assert b'\\"format_version\\":3' in path.read_bytes()
+    assert load_probe(path).spec == load_probe(old).spec
+
+
+def test_the_golden_file_of_version_2_says_the_same() -> None:
+    loaded, now = load_probe(GOLDEN_2), golden_probe()
+    assert loaded.spec == now.spec
+    assert torch.equal(loaded.direction, now.direction) and torch.equal(loaded.intercept, now.intercept)
+
+
+GOLDEN_HEADS = Path(__file__).parent / "data" / "golden_polynomial.safetensors"
+
+
+def golden_polynomial() -> ProbeWeights:
+    spec = probe_spec.ProbeSpec(
+        name="curved",
+        hook_points=("blocks.0.hook_resid_post",),
+        d_model=2,
+        kind="polynomial",
+        head=probe_spec.HeadRecord(degree=2, rank=1),
+    )
+    readout, readout_intercept = torch.tensor([[1.0, 0.5]]), torch.tensor([0.25])
+    return ProbeWeights(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0.5, -0.5]), spec, readout, readout_intercept)
+
+
+def test_a_golden_file_with_a_readout(tmp_path: Path) -> None:
+    assert golden_polynomial().save(tmp_path / "probe.safetensors").read_bytes() == GOLDEN_HEADS.read_bytes()
+    loaded = load_probe(GOLDEN_HEADS)
+    # readings of (1, -1): -1 + 0.5 and -1 - 0.5; -0.5 + 0.5 * 1.5 ** 2 + 0.25
+    assert loaded.logits(torch.tensor([1.0, -1.0])).item() == 0.875
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_kind_survives_the_file(kind: str, tmp_path: Path) -> None:
+    weights = make_head_probe(kind, HOOKS)
+    loaded = load_probe(weights.save(tmp_path / "probe.safetensors"))
+    assert loaded.spec == weights.spec
+    for what in ("direction", "intercept", "readout", "readout_intercept"):
+        before, after = getattr(weights, what), getattr(loaded, what)
+        assert (after is None) if before is None else torch.equal(after, before)
 
 
 def test_the_golden_file_is_laid_out_as_documented() -> None:
@@ -129,7 +170,7 @@ def test_the_golden_file_is_laid_out_as_documented() -> None:
     assert list(header["__metadata__"]) == ["lmprobe_tl"]
     text = header["__metadata__"]["lmprobe_tl"]
     document = json.loads(text)
-    assert (document["format"], document["format_version"]) == ("lmprobe_tl.probe", 2)
+    assert (document["format"], document["format_version"]) == ("lmprobe_tl.probe", 3)
     assert document["spec"]["labels"] == [False, "yes"] and document["spec"]["threshold"]["fpr"] == 0.01
     assert text.isascii() and text == json.dumps(document, sort_keys=True, separators=(",", ":"))
 

@@ -155,10 +155,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "key twice": (metadata_text(SPEC_KEY_TWICE), "'lmprobe_tl' has the key 'name' twice"),
     "format": (with_document(lambda d: d.update(format="sae")), "its format is 'sae'; expected 'lmprobe_tl.probe'"),
     "no format": (with_document(lambda d: d.pop("format")), "its format is None"),
-    "newer": (with_document(lambda d: d.update(format_version=3)), "written by a newer lmprobe_tl .*version 3.*upgrade"),
+    "newer": (with_document(lambda d: d.update(format_version=4)), "written by a newer lmprobe_tl .*version 4.*upgrade"),
     "version 0": (
         with_document(lambda d: d.update(format_version=0)),
-        "format_version is 0; expected a whole number from 1 to 2",
+        "format_version is 0; expected a whole number from 1 to 3",
     ),
     "version True": (
         with_document(lambda d: d.update(format_version=True)),
@@ -188,7 +188,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         with_document(
             lambda d: d["spec"].update(labels=[0, 1, 2], threshold=None, training=None, probability_calibration=None)
         ),
-        r"'probe.direction' has shape \[1, 4\]; expected \[3, 4\], from 3 labels, 2 hook points and d_model 2",
+        r"'probe.direction' has shape \[1, 4\]; expected \[3, 4\], from kind 'linear', 3 labels, 2 hook points",
     ),
     "float64": (file_with(direction=torch.ones(1, 4, dtype=torch.float64)), "has dtype 'F64'; expected 'F32'"),
     "bfloat16": (file_with(intercept=torch.ones(1, dtype=torch.bfloat16)), "'probe.intercept' has dtype 'BF16'"),

@@ -53,7 +53,7 @@ GOOD_CURVE: dict[str, Any] = {
         ({"name": "a\x1b[31m"}, r"name is 'a\\x1b\[31m'; .*none of them a control character"),
         ({"name": "\ud800"}, r"name is '\\ud800'; expected text"),
         ({"name": 3}, "name is 3; expected text"),
-        ({"kind": "mlp"}, "kind is 'mlp'; expected 'linear'"),
+        ({"kind": "svm"}, "kind is 'svm'; expected 'linear' or 'mlp' or 'polynomial' or 'attention'"),
         ({"labels": ["no"]}, r"labels is \('no',\); expected two or more labels"),
         ({"labels": ["no", "no"]}, "no two of them equal"),
         ({"labels": [1, True]}, r"labels is \(1, True\).*no two of them equal"),

@@ -10,7 +10,7 @@ import torch
 from conftest import D_MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_reference import make_probe
+from live_reference import HEADS, make_head_probe, make_probe
 from torch import Tensor
 
 from lmprobe_tl.errors import IncompatibleProbeError, InputError
@@ -18,7 +18,6 @@ from lmprobe_tl.live.reduction import live_reduction
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.live.watches import threshold_logit, threshold_of
 from lmprobe_tl.pooling import reduce_scores
-from lmprobe_tl.reductions import make_online
 
 HOOKS = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(4))
 
@@ -26,19 +25,26 @@ HOOKS = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(4))
 @settings(deadline=None, max_examples=40)
 @given(
     st.lists(
-        st.tuples(st.lists(st.sampled_from(HOOKS), min_size=1, max_size=4, unique=True), st.sampled_from([2, 2, 3, 5])),
+        st.tuples(
+            st.lists(st.sampled_from(HOOKS), min_size=1, max_size=4, unique=True), st.sampled_from([2, 2, 3, 5, *HEADS])
+        ),
         min_size=1,
         max_size=5,
     ),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
 )
 def test_the_plan_gives_each_probe_its_own_logits(wanted: list[Any], dtype: torch.dtype) -> None:
-    probes = [make_probe(f"p{at}", hooks, seed=at, n_classes=classes) for at, (hooks, classes) in enumerate(wanted)]
+    probes = [
+        make_probe(f"p{at}", hooks, seed=at, n_classes=kind)
+        if isinstance(kind, int)
+        else make_head_probe(kind, hooks, name=f"p{at}", seed=at)
+        for at, (hooks, kind) in enumerate(wanted)
+    ]
     plan = ScoringPlan(probes)
     generator = torch.Generator().manual_seed(7)
     activations = {name: torch.randn(2, 3, D_MODEL, generator=generator).to(dtype) for name in HOOKS}
-    partials = [columns.partial_logits(activations[name]) for name, columns in plan.hooks.items()]
-    logits = plan.combine(partials, torch.device("cpu"))
+    partials = [columns.partial_readings(activations[name]) for name, columns in plan.hooks.items()]
+    logits = plan.token_logits(plan.combine(partials, torch.device("cpu")))
     assert logits.shape == (2, 3, plan.n_columns)
     assert logits.dtype == torch.float32
     for probe in probes:
@@ -50,8 +56,8 @@ def test_the_plan_gives_each_probe_its_own_logits(wanted: list[Any], dtype: torc
 def running_of(plan: ScoringPlan, name: str, logits: Tensor) -> Tensor:
     """Values of a probe's online reduction and its running scores, from logits [pos columns]."""
     group = plan.group_of(name)
-    online = make_online(group.reduction.name, group.reduction.parameter, 1, group.n_columns)
-    return online.update(group.enter(logits[None, :, group.columns]), torch.ones(1, len(logits), dtype=torch.bool))[0]
+    own = logits[None, :, group.columns]
+    return group.make_online(1).update(group.enter(own, own), torch.ones(1, len(logits), dtype=torch.bool))[0]
 
 
 @pytest.mark.parametrize("inference", ["score:max", "score:min", "score:mean", "score:last_token", "score:first_token"])

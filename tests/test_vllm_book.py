@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_plan import activations, logits_of, the_plan
+from engine_plan import activations, logits_of, readings_of, the_plan
 from fake_scheduler import FakeRequest, FakeScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +33,9 @@ class Run:
         for number, (step, batch) in enumerate(self.scheduler.steps()):
             self.book.begin_step(step)
             if batch:
-                rows = [logits_of(one.tokens)[step.starts[one.request_id] :][: step.counts[one.request_id]] for one in batch]
+                rows = [
+                    readings_of(one.tokens)[step.starts[one.request_id] :][: step.counts[one.request_id]] for one in batch
+                ]
                 names = [one.request_id for one in batch]
                 told = self.book.end_step(step, names, np.concatenate(rows))
                 assert [one.request_id for one in told] == names
@@ -62,7 +64,7 @@ def check_scores(scores: RequestScores, request: FakeRequest, n: int, known: lis
     logits = logits_of(request.tokens)[:n].copy()
     logits[~np.array(known[:n], dtype=bool)] = np.nan
     assert scores.start == 0
-    np.testing.assert_array_equal(scores.logits, logits)
+    np.testing.assert_allclose(scores.logits, logits, rtol=1e-6)
     features = activations(tuple(request.tokens))[at]
     for weights in plan.probes.values():
         columns = plan.columns[weights.name]

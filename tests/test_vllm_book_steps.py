@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_plan import logits_of, the_plan
+from engine_plan import logits_of, readings_of, the_plan
 from live_reference import BOS
 
 from lmprobe_tl.errors import EngineError
@@ -30,20 +30,20 @@ def test_a_copied_block_takes_its_scores_along() -> None:
     book = ScoreBook(the_plan(), CacheLayout(1, 4, 8), BOS)
     first = step({"a": 5}, {"a": 0}, new=[new_request("a", tokens, 0, [2, 3])])
     book.begin_step(first)
-    book.end_step(first, ["a"], logits_of(tokens))
+    book.end_step(first, ["a"], readings_of(tokens))
     second = step({"b": 1}, {"b": 4}, new=[new_request("b", tokens, 4, [6, 7])], copies=[(2, 6)])
     book.begin_step(second)
-    book.end_step(second, ["b"], logits_of(tokens)[4:])
+    book.end_step(second, ["b"], readings_of(tokens)[4:])
     found = book.take("b")
     assert found is not None
-    np.testing.assert_array_equal(found.logits, logits_of(tokens))
+    np.testing.assert_allclose(found.logits, logits_of(tokens), rtol=1e-6)
 
 
 def test_decoding_requests_are_scored_together_beside_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     book, names = ScoreBook(the_plan(), None, BOS), [f"r{at}" for at in range(12)]
     first = step(dict.fromkeys(names, 2), dict.fromkeys(names, 0), new=[new_request(one, [BOS, 3], 0, []) for one in names])
     book.begin_step(first)
-    book.end_step(first, names, np.concatenate([logits_of([BOS, 3])] * 12))
+    book.end_step(first, names, np.concatenate([readings_of([BOS, 3])] * 12))
     sizes, update = [], book._running.update
     monkeypatch.setattr(book._running, "update", lambda rows, *rest: sizes.append(len(rows)) or update(rows, *rest))
     order = [*names[:5], "late", *names[5:]]
@@ -53,13 +53,13 @@ def test_decoding_requests_are_scored_together_beside_a_prompt(monkeypatch: pyte
         new=[new_request("late", [BOS, 5, 6], 0, [])],
     )
     book.begin_step(second)
-    own = [logits_of([BOS, 3, 4 + at])[2:] for at in range(12)]
-    book.end_step(second, order, np.concatenate([*own[:5], logits_of([BOS, 5, 6]), *own[5:]]))
+    own = [readings_of([BOS, 3, 4 + at])[2:] for at in range(12)]
+    book.end_step(second, order, np.concatenate([*own[:5], readings_of([BOS, 5, 6]), *own[5:]]))
     assert sizes == [12, 1]
     for at, name in enumerate(names):
         found = book.take(name)
         assert found is not None
-        np.testing.assert_array_equal(found.logits, logits_of([BOS, 3, 4 + at]))
+        np.testing.assert_allclose(found.logits, logits_of([BOS, 3, 4 + at]), rtol=1e-6)
 
 
 def test_a_gap_that_the_cache_does_not_explain_is_unknown() -> None:
@@ -68,14 +68,14 @@ def test_a_gap_that_the_cache_does_not_explain_is_unknown() -> None:
     book = ScoreBook(the_plan(), CacheLayout(1, 4, 8), BOS)
     old = step({"old": 5}, {"old": 0}, new=[new_request("old", [9, 8, 7, 6, 5], 0, [2, 3])])
     book.begin_step(old)
-    book.end_step(old, ["old"], logits_of([9, 8, 7, 6, 5]))
+    book.end_step(old, ["old"], readings_of([9, 8, 7, 6, 5]))
     late = step({"a": 2}, {"a": 3}, new=[new_request("a", tokens, 0, [2, 3])])
     book.begin_step(late)
-    book.end_step(late, ["a"], logits_of(tokens)[3:])
+    book.end_step(late, ["a"], readings_of(tokens)[3:])
     found = book.take("a")
     assert found is not None
     assert np.isnan(found.logits[:3]).all() and book.n_unknown == 3
-    np.testing.assert_array_equal(found.logits[3:], logits_of(tokens)[3:])
+    np.testing.assert_allclose(found.logits[3:], logits_of(tokens)[3:], rtol=1e-6)
 
 
 def test_tokens_without_an_owner_are_refused() -> None:
@@ -83,36 +83,36 @@ def test_tokens_without_an_owner_are_refused() -> None:
     one = step({"a": 3}, {"a": 0}, new=[new_request("a", [3, 4, 5], 0, [])])
     book.begin_step(one)
     with pytest.raises(EngineError, match="a step had 2 tokens, but its requests 3"):
-        book.end_step(one, ["a"], logits_of([3, 4]))
+        book.end_step(one, ["a"], readings_of([3, 4]))
 
 
 def test_requests_from_before_the_probes_are_passed_over() -> None:
     book = ScoreBook(the_plan(), None, BOS)
     mixed = step({"old": 1, "new": 3}, {"old": 17, "new": 0}, new=[new_request("new", [3, 4, 5], 0, [])])
     book.begin_step(mixed)
-    told = book.end_step(mixed, ["old", "new"], np.concatenate([logits_of([8]), logits_of([3, 4, 5])]))
+    told = book.end_step(mixed, ["old", "new"], np.concatenate([readings_of([8]), readings_of([3, 4, 5])]))
     assert [one.request_id for one in told] == ["new"]
     assert book.take("old") is None
     found = book.take("new")
     assert found is not None
-    np.testing.assert_array_equal(found.logits, logits_of([3, 4, 5]))
+    np.testing.assert_allclose(found.logits, logits_of([3, 4, 5]), rtol=1e-6)
     only_old = step({"old": 1}, {"old": 18}, resumed=[("old", [[], [1]], 4)], grown=[("old", [[], [2]])])
     book.begin_step(only_old)
-    assert book.end_step(only_old, ["old"], logits_of([8])) == []
+    assert book.end_step(only_old, ["old"], readings_of([8])) == []
 
 
 def test_a_request_that_was_taken_while_it_ran_is_forgotten() -> None:
     book = ScoreBook(the_plan(), None, BOS)
     first = step({"a": 3}, {"a": 0}, new=[new_request("a", [3, 4, 5], 0, [])])
     book.begin_step(first)
-    book.end_step(first, ["a"], logits_of([3, 4, 5]))
+    book.end_step(first, ["a"], readings_of([3, 4, 5]))
     assert book.n_held == (1, 0, 1)
     assert book.take("a") is not None
     assert book.n_held == (0, 0, 0)
     # the engine may be a step behind
     late = step({"a": 1}, {"a": 3})
     book.begin_step(late)
-    assert book.end_step(late, ["a"], logits_of([3, 4, 5, 6])[3:]) == []
+    assert book.end_step(late, ["a"], readings_of([3, 4, 5, 6])[3:]) == []
     book.begin_step(step({}, {}, finished=["a"]))
     assert book.n_held == (0, 0, 0)
 

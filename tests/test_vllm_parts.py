@@ -188,20 +188,21 @@ def test_running_scores_of_many_rows_are_those_of_one(data: st.DataObject) -> No
             if row not in alone or data.draw(st.integers(0, 3)) == 0:
                 running.begin(row)
                 assert running.crossings(row) == []
-                alone[row] = [make_online(g.reduction.name, g.reduction.parameter, 1, g.n_columns) for g in plan.groups]
+                alone[row] = [group.make_online(1) for group in plan.groups]
                 position[row] = 0
         new = data.draw(st.sampled_from([1, 3]))
-        logits = generator.normal(size=(len(rows), new, plan.n_columns)).astype(np.float32)
-        logits[generator.random((len(rows), new)) < 0.2] = np.nan
+        readings = generator.normal(size=(len(rows), new, plan.n_readings)).astype(np.float32)
+        readings[generator.random((len(rows), new)) < 0.2] = np.nan
         places = np.array([position[row] for row in rows])[:, None] + np.arange(new)
         is_bos = places == 0
-        values = running.update(np.array(rows), logits, places, is_bos)
+        logits, values = running.update(np.array(rows), readings, places, is_bos)
+        same(torch.from_numpy(logits), plan.token_logits(torch.from_numpy(readings)))
         for at, row in enumerate(rows):
-            scores = torch.from_numpy(logits[at : at + 1])
-            known = scores.isfinite().all(-1)
+            read, scores = torch.from_numpy(readings[at : at + 1]), torch.from_numpy(logits[at : at + 1])
+            known = read.isfinite().all(-1)
             for group, online in zip(plan.groups, alone[row], strict=True):
                 counted = known if group.reduction.counts_bos else known & ~torch.from_numpy(is_bos[at : at + 1])
-                expected = online.update(group.enter(scores[..., group.columns]), counted)[0]
+                expected = online.update(group.enter(read[..., group.readings], scores[..., group.columns]), counted)[0]
                 same(torch.from_numpy(values[at][:, group.columns]), expected)
             position[row] += new
 

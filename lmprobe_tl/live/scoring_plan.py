@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lmprobe_tl.heads import Head, SequenceHead, TokenHead
+from lmprobe_tl.heads import Head, LinearHead, SequenceHead
 from lmprobe_tl.live.records import Escalate
 from lmprobe_tl.live.reduction import LiveReduction, live_reduction, sigmoid
 from lmprobe_tl.live.watches import watches_of
@@ -118,7 +118,7 @@ class ScoringPlan:
         }
         self.n_columns = self.groups[-1].columns.stop
         self.n_readings = self.groups[-1].readings.stop
-        self._readings_are_logits = all(type(group.head) is TokenHead for group in self.groups)
+        self._readings_are_logits = all(isinstance(group.head, LinearHead) for group in self.groups)
         hook_names = dict.fromkeys(name for weights in probes for name in weights.hook_points)
         self.hooks = {name: self._hook_columns(name) for name in hook_names}
         starts = {name: columns.start for name, columns in self.columns.items()}
