@@ -93,7 +93,8 @@ def make_head_probe(
 
 
 def many_probes() -> list[ProbeWeights]:
-    """One and several probes a hook point, an alias beside its canonical name, hook points out of order, three classes."""
+    """One and several probes a hook point, an alias beside its canonical name, hook points out of order, three classes, every
+    kind."""
     return [
         make_probe("late", "blocks.3.hook_resid_post", seed=1),
         make_probe("alias", "blocks.1.hook_resid_post", seed=2),
@@ -102,6 +103,12 @@ def many_probes() -> list[ProbeWeights]:
         make_probe("wide", ("blocks.3.hook_resid_post", "blocks.0.hook_out", "blocks.2.hook_resid_post"), seed=4),
         make_probe("classes", "blocks.2.hook_resid_post", seed=5, n_classes=3, inference="score:mean"),
         make_probe("late too", "blocks.3.hook_resid_post", seed=6, inference="score:ema_max(0.5)"),
+        make_head_probe("attention", seed=7),
+        make_head_probe("attention", seed=8, name="attention too", include_bos=True),
+        make_head_probe("multimax", ("blocks.2.hook_resid_post", "blocks.0.hook_out"), seed=9),
+        make_head_probe("rolling_attention", "blocks.1.hook_resid_pre", seed=10),
+        make_head_probe("mlp", ("blocks.3.hook_resid_post", "blocks.1.hook_resid_post"), seed=11, inference="score:mean"),
+        make_head_probe("polynomial", seed=12, inference="score:ema_max(0.5)"),
     ]
 
 
