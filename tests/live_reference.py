@@ -93,8 +93,8 @@ def make_head_probe(
 
 
 def many_probes() -> list[ProbeWeights]:
-    """One and several probes a hook point, an alias beside its canonical name, hook points out of order, three classes, every
-    kind."""
+    """One and several probes a hook point, an alias beside its canonical name, hook points out of order, three classes,
+    every kind."""
     return [
         make_probe("late", "blocks.3.hook_resid_post", seed=1),
         make_probe("alias", "blocks.1.hook_resid_post", seed=2),

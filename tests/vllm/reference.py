@@ -13,7 +13,7 @@ import torch
 from tiny_models import BOS
 from torch import Tensor
 
-from lmprobe_tl.probe_spec import PoolingRecord
+from lmprobe_tl.probe_spec import HeadRecord, PoolingRecord, ProbeSpec
 from lmprobe_tl.weights import ProbeWeights
 
 
@@ -69,18 +69,33 @@ class Reference:
         return self._seen[key]
 
     def logits(self, ids: Sequence[int], probe: ProbeWeights) -> Tensor:
-        """[pos] or [pos n_classes]: intercept and products, hook point after hook point, in float64."""
+        """[pos] or [pos n_classes], of each token alone."""
+        readings, n_heads = self.readings(ids, probe), probe.spec.head.n_heads
+        if n_heads is not None:  # values stand last
+            return readings[:, -n_heads:].sum(dim=1).float()
+        if probe.readout is not None and probe.readout_intercept is not None:
+            orders = [1, 2, 2, 3, 3] if probe.spec.kind == "polynomial" else None
+            terms = readings.clamp(min=0) if orders is None else readings ** torch.tensor(orders)
+            readings = terms @ probe.readout.double().T + probe.readout_intercept.double()
+        return readings[:, 0].float() if probe.is_binary else readings.float()
+
+    def readings(self, ids: Sequence[int], probe: ProbeWeights) -> Tensor:
+        """[pos n_readings]: intercept and products, hook point after hook point, in float64."""
         streams = self.streams(ids)
         total = probe.intercept.double().expand(len(ids), -1)
         for at, hook_name in enumerate(probe.hook_points):
             _, block, point = hook_name.split(".")
             stream = streams[int(block) + (point == "hook_resid_post")].double()
             total = total + stream @ probe.direction[:, at * probe.d_model : (at + 1) * probe.d_model].double().T
-        return total[:, 0].float() if probe.is_binary else total.float()
+        return total
 
     def running(self, ids: Sequence[int], probe: ProbeWeights) -> Tensor:
         """The probe's inference pooling of each prefix of the row; a leading BOS does not count."""
         logits, first = self.logits(ids, probe).double(), int(ids[0] == BOS)
+        if probe.spec.reduces_tokens:
+            own = self.readings(ids, probe)[first:].tolist()
+            found = [_sigmoid(_of_head(own[:stop], probe)) for stop in range(1, len(own) + 1)]
+            return torch.tensor([math.nan] * first + found)
         if not probe.is_binary:
             assert probe.spec.pooling.inference == "score:mean"
             nothing = [[math.nan] * probe.n_classes] * first
@@ -133,6 +148,24 @@ def pooled(z: list[float], strategy: str) -> list[float]:
     return found
 
 
+def _of_head(readings: list[list[float]], probe: ProbeWeights) -> float:
+    n_heads, window = probe.spec.head.n_heads or 0, probe.spec.head.window
+    if probe.spec.kind == "multimax":
+        return sum(max(column) for column in zip(*readings, strict=True))
+    if window is not None and len(readings) > window:
+        return max(_attention(readings[at : at + window], n_heads) for at in range(len(readings) - window + 1))
+    return _attention(readings, n_heads)
+
+
+def _attention(readings: list[list[float]], n_heads: int) -> float:
+    total = 0.0
+    for head in range(n_heads):
+        highest = max(token[head] for token in readings)
+        weights = [math.exp(token[head] - highest) for token in readings]
+        total += sum(w * token[n_heads + head] for w, token in zip(weights, readings, strict=True)) / sum(weights)
+    return total
+
+
 def _means(values: list[float]) -> list[float]:
     total, found = 0.0, []
     for n, value in enumerate(values, start=1):
@@ -179,9 +212,32 @@ def make_probe(
     return ProbeWeights(direction / sizes.std(), -sizes.mean() / sizes.std() + torch.zeros(n_outputs), probe.spec)
 
 
+def make_head_probe(
+    reference: Reference, kind: Any, hook_points: tuple[str, ...], *, seed: int, inference: str = "sequence", **sizes: int
+) -> ProbeWeights:
+    """A random probe of a kind that is not linear, with readings that are about a unit wide."""
+    spec = ProbeSpec(
+        name=kind,
+        hook_points=hook_points,
+        d_model=reference.d_model,
+        kind=kind,
+        head=HeadRecord(**sizes),
+        pooling=PoolingRecord(train="sequence" if inference == "sequence" else "all", inference=inference),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(spec.n_readings, len(hook_points) * reference.d_model, generator=generator)
+    readout: tuple[Tensor, ...] = ()
+    if spec.has_readout:
+        readout = torch.randn(1, spec.n_readings, generator=generator) / 4, torch.randn(1, generator=generator)
+    raw = ProbeWeights(direction, torch.zeros(spec.n_readings), spec, *readout)
+    found = reference.readings(list(range(3, 40)), raw).float()
+    width = found.std(dim=0)
+    return ProbeWeights(direction / width[:, None], -found.mean(dim=0) / width, spec, *readout)
+
+
 def many_probes(reference: Reference) -> list[ProbeWeights]:
-    """Of the first, a middle and the last block, of several hook points out of order, of several classes, and with each kind
-    of running score."""
+    """Of the first, a middle and the last block, of several hook points out of order, of several classes, with each kind of
+    running score, and of each kind."""
     middle, last = f"blocks.{reference.n_layers // 2}.hook_resid_post", f"blocks.{reference.n_layers - 1}.hook_resid_post"
     first = "blocks.0.hook_resid_pre"
     return [
@@ -192,6 +248,11 @@ def many_probes(reference: Reference) -> list[ProbeWeights]:
         make_probe(reference, "classes", middle, seed=5, inference="score:mean", n_classes=3),
         make_probe(reference, "soft", middle, seed=6, inference="score:softmax(0.5)"),
         make_probe(reference, "share", last, seed=7, inference="score:mean"),
+        make_head_probe(reference, "attention", (middle,), seed=8, n_heads=3),
+        make_head_probe(reference, "multimax", (last, first), seed=9, n_heads=2),
+        make_head_probe(reference, "rolling_attention", (last,), seed=10, n_heads=2, window=4),
+        make_head_probe(reference, "mlp", (middle, last), seed=11, inference="score:mean", n_hidden=6),
+        make_head_probe(reference, "polynomial", (middle,), seed=12, inference="score:max", degree=3, rank=2),
     ]
 
 
