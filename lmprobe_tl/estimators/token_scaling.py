@@ -1,0 +1,79 @@
+"""Mean and standard deviation of each feature over tokens, to be folded into weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lmprobe_tl.errors import InputError
+from lmprobe_tl.estimators.blocks import standard_deviation
+from lmprobe_tl.estimators.token_sequences import TokenSequences
+
+BLOCK_ELEMENTS = 2**22  # 32 MiB of float64 at a time
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScaling:
+    """Standardised features are (x - mean) * inverse: mean, inverse [d] float64; inverse is 0 for a constant feature.
+
+    Tokens are never standardised themselves: readings of them are, with weight * inverse and -(weight * inverse) @ mean.
+    """
+
+    mean: Tensor
+    inverse: Tensor
+
+    def readings(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """weight @ standardised features: tokens [n d] float32, weight [n_readings d] -> [n n_readings]."""
+        scaled = weight * self.inverse.to(weight)
+        return torch.nn.functional.linear(tokens, scaled, -(scaled @ self.mean.to(weight)))
+
+    def folded(self, weight: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The same readings as direction [n_readings d] and intercept [n_readings] of unscaled features."""
+        direction = weight.detach().cpu().double() * self.inverse
+        return direction.numpy(), -(direction @ self.mean).numpy()
+
+
+def token_scaling(sequences: TokenSequences, learnt: NDArray[np.int64], *, standardize: bool) -> TokenScaling:
+    """The scaling by all tokens of the sequences `learnt` (indices), each token alike; standardize=False changes nothing.
+
+    One pass in blocks and in float64, which joins the moments as in Chan, Golub and LeVeque (1979).
+    Raises InputError for values that are not finite, in any sequence, naming it.
+    """
+    values = sequences.tensor
+    n_tokens, d = values.shape
+    is_learnt = np.zeros(len(sequences), dtype=bool)
+    is_learnt[learnt] = True
+    counts = torch.from_numpy(np.repeat(is_learnt, sequences.lengths))
+    mean, scatter = torch.zeros(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
+    before, largest = 0, torch.zeros(d, dtype=torch.float64)
+    for start in range(0, n_tokens, size := max(1, BLOCK_ELEMENTS // d)):
+        block = values[start : start + size].cpu()
+        check_finite(block, start, sequences)
+        kept = counts[start : start + size]
+        if not standardize or not kept.any():
+            continue
+        block = (block if kept.all() else block[kept]).double()
+        of_block = block.mean(dim=0)
+        after, step = before + len(block), of_block - mean
+        largest = torch.maximum(largest, of_block.abs())
+        scatter += (block - of_block).square_().sum(dim=0) + step.square() * (before * len(block) / after)
+        mean += step * (len(block) / after)
+        before = after
+    if not standardize:
+        return TokenScaling(mean, torch.ones_like(mean))
+    deviation = torch.from_numpy(standard_deviation((scatter / before).numpy(), largest.numpy(), before))
+    return TokenScaling(mean, torch.where(deviation > 0, 1 / deviation, 0.0))
+
+
+def check_finite(numbers: Tensor, start: int, sequences: TokenSequences) -> None:
+    """InputError naming the sequence of the first token, [n_tokens n] from token `start` on, that is not finite."""
+    finite = numbers.isfinite()
+    if not finite.all():
+        token = start + int((~finite).any(dim=1).nonzero()[0])
+        sequence = int(np.searchsorted(sequences.offsets, token, side="right")) - 1
+        place = token - int(sequences.offsets[sequence])
+        raise InputError(f"X holds NaN or infinite values, first at token {place} of sequence {sequence}; they must be finite.")

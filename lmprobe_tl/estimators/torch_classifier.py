@@ -1,0 +1,212 @@
+"""What all classifiers trained with torch share: parameters, validation of inputs, training, and decisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from lmprobe_tl.checked_record import require
+from lmprobe_tl.errors import InputError
+from lmprobe_tl.estimators.fitted_head import FittedHead
+from lmprobe_tl.estimators.sample_weight import validated_weight
+from lmprobe_tl.estimators.token_scaling import BLOCK_ELEMENTS, check_finite, token_scaling
+from lmprobe_tl.estimators.token_sequences import TokenSequences
+from lmprobe_tl.estimators.training import Epoch, Schedule, TrainingSet, split
+from lmprobe_tl.splits import check_share
+
+Array = NDArray[np.float64]
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class TorchClassifier(ClassifierMixin, BaseEstimator):
+    """Base of the classifiers trained by AdamW with early stopping.
+
+    learning_rate, weight_decay: of AdamW, on standardised features; biases do not decay.
+    max_epochs, patience: the fit ends after `patience` epochs without a lower validation loss, and keeps the best epoch.
+    batch_tokens: about so many tokens a step, in whole sequences; None for about 32 steps an epoch, of at most 16,384 tokens.
+    validation_fraction: share of each class held out for early stopping, in whole groups; 0 holds out nothing, and the last
+    epoch stays.
+    standardize: learn on features with mean 0 and deviation 1 over the training tokens; what is learnt is of unscaled ones.
+    random_state: an int, a numpy RandomState, or None for a seed from the system. Equal seeds give equal results on one
+    device and number of threads; neither torch's nor numpy's own generators are used or moved.
+    device: 'auto' (CUDA where there is one), 'cpu', 'cuda', 'cuda:1', ... progress: show a bar of epochs.
+
+    Classes are left as frequent as they are: give sample_weight to balance them.
+
+    Learnt: classes_; n_features_in_; history_, a tuple of `Epoch`; n_epochs_, the epochs trained; best_epoch_, the one kept,
+    and validation_loss_, its loss; head_, a `FittedHead`.
+    """
+
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    max_epochs: int = 100
+    patience: int = 10
+    batch_tokens: int | None = None
+    validation_fraction: float = 0.2
+    standardize: bool = True
+    random_state: Any = None
+    device: str = "auto"
+    progress: bool = False
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, groups: Any = None) -> TorchClassifier:
+        """Learn from examples X and their labels y [n].
+
+        sample_weight: [n] or None; an example of weight 0 takes no part. groups: [n] or None; no group is both learnt from
+        and held out. Raises InputError for what cannot be used, and where nothing can be held out.
+        """
+        self._check_parameters()
+        sequences, y = self._examples_and_labels(X, y)
+        weight = validated_weight(sample_weight, len(sequences))
+        if groups is not None and np.shape(groups) != (len(sequences),):
+            raise InputError(f"groups has shape {np.shape(groups)}, expected one group an example: {(len(sequences),)}.")
+        used = np.flatnonzero(weight > 0)
+        self.classes_ = np.unique(y[used])
+        self._check_classes()
+        seed = _seed(self.random_state)
+        class_index = np.searchsorted(self.classes_, y[used])
+        learnt, held = (
+            used[part]
+            for part in split(class_index, None if groups is None else np.asarray(groups)[used], self.validation_fraction, seed)
+        )
+        scaling = token_scaling(sequences, learnt, standardize=self.standardize)
+        targets = torch.zeros(len(sequences), dtype=torch.float32 if len(self.classes_) == 2 else torch.int64)
+        targets[torch.from_numpy(used)] = torch.from_numpy(class_index).to(targets.dtype)
+        data = TrainingSet(
+            sequences=sequences,
+            targets=targets,
+            weight=torch.from_numpy(weight / weight[learnt].mean()).float(),
+            learnt=learnt,
+            held=held,
+            scaling=scaling,
+            device=_device(self.device),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        with torch.inference_mode(False), torch.enable_grad():
+            self.head_, self.history_ = self._train(data, self._schedule())
+        last = [epoch for epoch in self.history_ if epoch.stage == self.history_[-1].stage]
+        best = min(last, key=lambda epoch: epoch.validation_loss) if len(held) else last[-1]
+        self.n_epochs_ = sum(epoch.epoch > 0 for epoch in self.history_)
+        self.best_epoch_, self.validation_loss_ = best.epoch, best.validation_loss
+        return self
+
+    def predict_proba(self, X: Any) -> Array:
+        """Sigmoid or softmax of the logits: [n n_classes]."""
+        logits = self.decision_function(X)
+        if logits.ndim == 1:
+            return np.column_stack([expit(-logits), expit(logits)])
+        return softmax(logits, axis=1)
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """The class of the highest logit: [n]."""
+        logits = self.decision_function(X)
+        index = (logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)
+        return self.classes_[index]
+
+    def decision_function(self, X: Any) -> Array:
+        """Logits: [n] for two classes, [n n_classes] otherwise."""
+        raise NotImplementedError
+
+    def _train(self, data: TrainingSet, schedule: Schedule) -> tuple[FittedHead, tuple[Epoch, ...]]:
+        raise NotImplementedError
+
+    def _own_limits(self) -> None:
+        """Check the parameters of the class itself; InputError."""
+
+    def _examples(self, X: Any) -> TokenSequences:
+        """X of a fitted classifier as sequences, those of one token for vectors."""
+        check_is_fitted(self)
+        return vectors(validate_data(self, X, dtype=_FLOATS, reset=False))
+
+    def _examples_and_labels(self, X: Any, y: Any) -> tuple[TokenSequences, NDArray[Any]]:
+        X, y = validate_data(self, X, y, dtype=_FLOATS)
+        check_classification_targets(y)
+        return vectors(X), y
+
+    def _check_classes(self) -> None:
+        if len(self.classes_) < 2:
+            raise InputError(f"A classifier needs at least two classes, but the labels hold one class: {self.classes_}.")
+        if len(self.classes_) > 2 and not self.__sklearn_tags__().classifier_tags.multi_class:
+            raise InputError(
+                "Only binary classification is supported. The type of the target is multiclass: "
+                f"{type(self).__name__} tells two classes apart, the labels hold {len(self.classes_)}: {self.classes_}. "
+                "For more use MlpClassifier, or a linear classifier."
+            )
+
+    def _check_parameters(self) -> None:
+        check_positive("learning_rate", self.learning_rate)
+        require(_is_number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number, 0 or more")
+        for name in ("max_epochs", "patience", "batch_tokens"):
+            value = getattr(self, name)
+            if name != "batch_tokens" or value is not None:
+                check_whole(name, value)
+        if not (_is_number(self.validation_fraction) and self.validation_fraction == 0):
+            check_share(self.validation_fraction)
+        self._own_limits()
+
+    def _schedule(self) -> Schedule:
+        return Schedule(
+            self.learning_rate, self.weight_decay, self.max_epochs, self.patience, self.batch_tokens, self.progress
+        )
+
+
+_FLOATS = (np.float64, np.float32, np.float16)
+
+
+def vectors(X: NDArray[Any]) -> TokenSequences:
+    """Rows [n d] as sequences of one token each, without a copy."""
+    return TokenSequences(X, np.arange(len(X) + 1))
+
+
+def readings_of(head: FittedHead, sequences: TokenSequences, start: int, stop: int) -> Tensor:
+    """Readings [stop-start n_readings] of the tokens from `start` to `stop`, in float64; InputError if they are not finite."""
+    direction, intercept = torch.from_numpy(head.direction).T, torch.from_numpy(head.intercept)
+    size = max(1, BLOCK_ELEMENTS // len(direction))
+    readings = torch.empty(stop - start, len(intercept), dtype=torch.float64)
+    for at in range(start, stop, size):
+        block = sequences.tensor[at : min(at + size, stop)].cpu().double()
+        torch.addmm(intercept, block, direction, out=readings[at - start : at - start + len(block)])
+    check_finite(readings, start, sequences)
+    return readings
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """InputError for what is no whole number from `least` on."""
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    require(is_whole and value >= least, name, value, f"a whole number, {least} or more")
+
+
+def check_positive(name: str, value: Any) -> None:
+    require(_is_number(value) and 0 < value < float("inf"), name, value, "a finite number above 0")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _seed(random_state: Any) -> int:
+    if random_state is None:
+        return int(np.random.SeedSequence().generate_state(1)[0] >> 1)
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _device(name: Any) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device is {name!r}; expected 'auto', 'cpu' or 'cuda'.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device is {name!r}, but torch finds no CUDA device here; use 'auto' or 'cpu'.")
+    return device
