@@ -8,10 +8,12 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.estimators.fitted_head import FittedHead, fitted_head
 from lmprobe_tl.estimators.linear_rule import linear_rule
+from lmprobe_tl.estimators.torch_classifier import TorchClassifier
 from lmprobe_tl.hook_points import layer_count, model_record, normalization, width
 from lmprobe_tl.pooling import PoolingStrategy
-from lmprobe_tl.probe_spec import PoolingRecord, ProbeSpec
+from lmprobe_tl.probe_spec import HeadRecord, PoolingRecord, ProbeSpec
 from lmprobe_tl.provenance import package_versions
 from lmprobe_tl.tokens import tokenizer_record
 from lmprobe_tl.weights import ProbeWeights
@@ -37,10 +39,10 @@ def artefact_of(probe: Any) -> ProbeWeights:
             "were centred, so such a "
             "probe would not mean the same elsewhere; use 'score:max' or another pooling to save."
         )
-    rule = linear_rule(probe.classifier_, probe._sample)
-    direction = torch.from_numpy(rule.direction)
+    head = _head_of(probe)
+    direction = torch.from_numpy(head.direction)
     if norm == "layernorm":
-        # w.(x - mean(x)) = (w - mean(w)).x, a hook point at a time
+        # w.(x - mean(x)) = (w - mean(w)).x, a hook point and a reading at a time
         blocks = direction.reshape(direction.shape[0], len(probe.hook_names_), d_model)
         direction = (blocks - blocks.mean(dim=-1, keepdim=True)).reshape(direction.shape)
     spec = ProbeSpec(
@@ -48,6 +50,10 @@ def artefact_of(probe: Any) -> ProbeWeights:
         hook_points=tuple(probe.hook_names_),
         d_model=d_model,
         n_layers=layer_count(probe.model_),
+        kind=head.kind,
+        head=HeadRecord(
+            n_hidden=head.n_hidden, degree=head.degree, rank=head.rank, n_heads=head.n_heads, window=head.window
+        ),
         labels=tuple(probe.classes_.tolist()),
         model=model_record(probe.model_),
         tokenizer=tokenizer_record(probe.model_, probe.prepend_bos),
@@ -57,7 +63,22 @@ def artefact_of(probe: Any) -> ProbeWeights:
         training=probe.training_,
         versions=package_versions(),
     )
-    return ProbeWeights(direction.float(), torch.from_numpy(rule.intercept).float(), spec)
+    return ProbeWeights(
+        direction.float(),
+        torch.from_numpy(head.intercept).float(),
+        spec,
+        None if head.readout is None else torch.from_numpy(head.readout).float(),
+        None if head.readout_intercept is None else torch.from_numpy(head.readout_intercept).float(),
+    )
+
+
+def _head_of(probe: Any) -> FittedHead:
+    """The head that a classifier trained with torch has learnt, or the linear rule of any other."""
+    classifier = getattr(probe.classifier_, "best_estimator_", probe.classifier_)
+    if isinstance(classifier, TorchClassifier):
+        return fitted_head(classifier)
+    rule = linear_rule(probe.classifier_, probe._sample)
+    return FittedHead(kind="linear", direction=rule.direction, intercept=rule.intercept)
 
 
 def pooling_name(pooling: str | PoolingStrategy) -> str:

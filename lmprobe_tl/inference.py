@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.fitting import logits_of, probabilities_of
+from lmprobe_tl.estimators.token_sequences import TokenSequences
 from lmprobe_tl.extraction import extract_rows
 from lmprobe_tl.forward_batches import Batch, run_batches, token_activations
 from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, reduce_scores
+from lmprobe_tl.probe_spec import OWN_POOLING
 from lmprobe_tl.reductions import REDUCTIONS
 from lmprobe_tl.tokens import bos_id, check_rows_count, counted_lengths
 
@@ -82,6 +84,8 @@ def prompt_outputs(
     **settings: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits ([n] or [n n_classes]) and probabilities [n n_classes] of each prompt under an inference pooling."""
+    if pooling == OWN_POOLING:
+        return _reduced_by_classifier(model, rows, hook_names, classifier, include_bos=include_bos, **settings)
     if not callable(pooling):
         parsed = parse_pooling_strategy(pooling)
         if parsed.is_score_pooling:
@@ -90,6 +94,19 @@ def prompt_outputs(
     features = extract_rows(model, rows, hook_names, pooling, include_bos=include_bos, **settings).concatenated()
     values = features.numpy().astype(np.float64)
     return logits_of(classifier, values), probabilities_of(classifier, values)
+
+
+def _reduced_by_classifier(
+    model: Any, rows: list[list[int]], hook_names: Sequence[str], classifier: Any, *, include_bos: bool, **settings: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of a sequence classifier, which gets all tokens of a prompt."""
+    lengths = counted_lengths(rows, bos_id(model), include_bos)
+    check_rows_count(lengths)
+    logits = np.empty(len(rows))
+    for batch, features in _token_features(model, rows, hook_names, include_bos, settings):
+        offsets = np.concatenate([[0], np.cumsum([lengths[index] for index in batch.indices])])
+        logits[batch.indices] = classifier.decision_function(TokenSequences(features, offsets))
+    return logits, np.stack([expit(-logits), expit(logits)], axis=1)
 
 
 def _score_pooled(

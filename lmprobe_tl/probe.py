@@ -16,9 +16,10 @@ from lmprobe_tl.activation_store import ActivationStore
 from lmprobe_tl.artefact import artefact_of, pooling_name
 from lmprobe_tl.calibration import Calibration
 from lmprobe_tl.errors import InputError, PoolingMismatchWarning
-from lmprobe_tl.estimators import make_classifier
+from lmprobe_tl.estimators import make_classifier, own_pooling
 from lmprobe_tl.estimators.fitting import fit_classifier
 from lmprobe_tl.estimators.streaming import can_stream, fit_blocks, fit_features
+from lmprobe_tl.estimators.token_sequences import TokenSequences
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
 from lmprobe_tl.extraction import extract_rows
 from lmprobe_tl.features import are_constant, constant_error, evenly_spread
@@ -31,7 +32,8 @@ from lmprobe_tl.hook_points import (
 from lmprobe_tl.inference import TokenOutputs, prompt_outputs, token_outputs
 from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
 from lmprobe_tl.live.calibration import CalibrationGoal, check_unseen, measure_calibration, score_settings
-from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, resolve_pooling
+from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy
+from lmprobe_tl.probe_poolings import probe_poolings
 from lmprobe_tl.probe_spec import TrainingRecord
 from lmprobe_tl.provenance import classifier_name, data_hash
 from lmprobe_tl.store_examples import StoreExamples, check_store_is_of
@@ -54,11 +56,14 @@ class Probe(ClassifierMixin, BaseEstimator):
     model: a TransformerLens `TransformerBridge`, a model with the same hook surface, or a name or folder to load. It is
     shared by clones, never copied.
     hook_points: a layer, a hook name, a list of these (concatenated), or 'all'.
-    pooling: for training and inference; `train_pooling` and `inference_pooling` win over it. Training takes 'last_token',
-    'mean', 'first_token', 'eos', 'all' (each token an example) or a callable; inference takes these, 'max' and 'min' of
-    scores, every form with a 'score:' or 'activation:' prefix, and the streaming reductions, as 'score:ema_max(0.5)'.
-    classifier: 'logistic_regression', 'ridge', 'lda', 'mass_mean', 'mass_mean_whitened', or any scikit-learn classifier;
-        only one with a linear rule can be saved.
+    pooling: for training and inference, 'last_token' where nothing is given; `train_pooling` and `inference_pooling` win
+        over it. Training takes 'last_token', 'mean', 'first_token', 'eos', 'all' (each token an example) or a callable;
+        inference takes these, 'max' and 'min' of scores, every form with a 'score:' or 'activation:' prefix, and the
+        streaming reductions, as 'score:ema_max(0.5)'.
+    classifier: of pooled activations 'logistic_regression', 'ridge', 'lda', 'mass_mean', 'mass_mean_whitened', 'mlp',
+        'polynomial', or any scikit-learn classifier, of which only one with a linear rule can be saved. Of token sequences,
+        which they reduce themselves, so that pooling stays None: 'attention', 'multimax', 'rolling_attention', and with a
+        linear direction 'softmax' and 'windowed', which take another reduction as `inference_pooling`; or an instance.
     include_bos: let a leading BOS count where it does not ('mean', 'max', 'min', 'all', callables).
     equal_prompt_weight: with train_pooling 'all', let every prompt weigh the same, not every token.
     prepend_bos, max_length, truncation: how prompts become tokens; see `tokenize_prompts`.
@@ -80,7 +85,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         self,
         model: Any,
         hook_points: HookPoints = "all",
-        pooling: str | PoolingStrategy | None = "last_token",
+        pooling: str | PoolingStrategy | None = None,
         *,
         train_pooling: str | PoolingStrategy | None = None,
         inference_pooling: str | PoolingStrategy | None = None,
@@ -113,7 +118,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         self.random_state = random_state
         self.name = name
         train, inference = self.poolings()
-        if train != inference:
+        if train != inference and own_pooling(classifier) is None:
             warnings.warn(
                 f"trained with pooling {pooling_name(train)!r}, used with {pooling_name(inference)!r}: "
                 "the classifier will see "
@@ -124,8 +129,11 @@ class Probe(ClassifierMixin, BaseEstimator):
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         """The parameters that tell probes apart; a model's own repr has hundreds of lines."""
-        given = [self.train_pooling or self.pooling, self.inference_pooling or self.pooling]
-        pooling = " -> ".join(dict.fromkeys(pooling_name(side) for side in given if side is not None))
+        try:
+            sides = self.poolings()
+        except InputError:  # of parameters that were set since
+            sides = (self.train_pooling or self.pooling or "?", self.inference_pooling or self.pooling or "?")
+        pooling = " -> ".join(dict.fromkeys(map(pooling_name, sides)))
         state = f"fitted on {self.training_.n_examples} examples" if hasattr(self, "training_") else "not fitted"
         classifier = classifier_name(self.classifier)
         return (
@@ -147,8 +155,8 @@ class Probe(ClassifierMixin, BaseEstimator):
             return type(self)(**parameters)
 
     def poolings(self) -> tuple[str | PoolingStrategy, str | PoolingStrategy]:
-        """The pooling for training and the one for inference."""
-        return resolve_pooling(self.pooling, self.train_pooling, self.inference_pooling)
+        """The pooling for training and the one for inference; 'sequence' where a classifier reduces the tokens itself."""
+        return probe_poolings(self.classifier, self.pooling, self.train_pooling, self.inference_pooling)
 
     # --- training ---
 
@@ -168,11 +176,18 @@ class Probe(ClassifierMixin, BaseEstimator):
         if not per_token:
             labels = check_labels(labels, len(prompts))
             check_classes(labels)
+        reads_sequences = own_pooling(self.classifier) is not None
         model = load_model(self.model)
         names = resolve_hook_points(model, self.hook_points)
         classifier = make_classifier(self.classifier, self.random_state)
         rows = self._tokenize(model, prompts)
         lengths = counted_lengths(rows, bos_id(model), self.include_bos)
+        digests = [row_digest(row) for row in rows]
+        if reads_sequences:
+            check_rows_count(lengths)
+            tokens = self._extract(model, rows, names, "all")
+            sequences = TokenSequences(tokens.concatenated(), tokens.offsets)
+            return self._learn_sequences(model, names, classifier, sequences, labels, digests)
         if train == "all":
             check_rows_count(lengths)
             groups = np.repeat(np.arange(len(rows)), lengths)
@@ -190,7 +205,7 @@ class Probe(ClassifierMixin, BaseEstimator):
             weight *= len(weight) / weight.sum()  # as strong together as unweighted tokens: C keeps its meaning
         fitted = fit_features(self.classifier, classifier, features, y, groups=groups, sample_weight=weight)
         sample = features[evenly_spread(len(features))]
-        return self._learn(model, names, fitted, y, groups, [row_digest(row) for row in rows], sample)
+        return self._learn(model, names, fitted, y, groups, digests, sample)
 
     def fit_store(self, store: ActivationStore | str | Path, labels: Any) -> Probe:
         """Fit on the activations of a store, which may be bigger than memory. labels: as in `fit`.
@@ -208,8 +223,10 @@ class Probe(ClassifierMixin, BaseEstimator):
         model = load_model(self.model)
         names = resolve_hook_points(model, self.hook_points)
         # These raise before the model's weights are read.
+        reads_sequences = own_pooling(self.classifier) is not None
+        pooling = "all" if reads_sequences else train
         store.hook_names(names)
-        store.check_pooling(train)
+        store.check_pooling(pooling)
         store.check_complete()
         check_store_is_of(
             store,
@@ -220,21 +237,45 @@ class Probe(ClassifierMixin, BaseEstimator):
             truncation=self.truncation,
         )
         classifier = make_classifier(self.classifier, self.random_state)
+        if reads_sequences and are_token_labels(labels):
+            raise InputError(
+                f"labels has one sequence a prompt; {classifier_name(self.classifier)} takes one label a prompt."
+            )
         examples = StoreExamples(
             store,
             names,
-            train,
+            pooling,
             labels,
             centre=normalization(model) == "layernorm",
             equal_prompt_weight=self.equal_prompt_weight,
         )
+        digests = [bytes(row) for row in store.digests()]
+        if reads_sequences:
+            sequences = TokenSequences(examples.in_memory(np.float32)[0], np.concatenate([[0], np.cumsum(store.lengths())]))
+            of_prompts = examples.labels[sequences.offsets[:-1]]
+            return self._learn_sequences(model, names, classifier, sequences, of_prompts, digests)
         if can_stream(self.classifier):
             fitted = fit_blocks(self.classifier, classifier, examples.blocks, examples.classes)
         else:
             features, weight = examples.in_memory()
             fitted = fit_classifier(classifier, features, examples.labels, groups=examples.groups, sample_weight=weight)
-        digests = [bytes(row) for row in store.digests()]
         return self._learn(model, names, fitted, examples.labels, examples.groups, digests, examples.sample())
+
+    def _learn_sequences(
+        self,
+        model: Any,
+        names: Sequence[str],
+        classifier: Any,
+        sequences: TokenSequences,
+        labels: np.ndarray,
+        digests: list[bytes],
+    ) -> Probe:
+        """Fit a sequence classifier; equal prompts are never both learnt from and held out for early stopping."""
+        sample = np.asarray(sequences.values[evenly_spread(len(sequences.values))], dtype=np.float64)
+        if are_constant(sample):
+            raise constant_error("all")
+        classifier.fit(sequences, labels, groups=np.unique(digests, return_inverse=True)[1])
+        return self._learn(model, names, classifier, labels, None, digests, sample)
 
     def _learn(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from lmprobe_tl.activation_store import ActivationStore
 from lmprobe_tl.errors import InputError, StoreError
@@ -80,11 +80,14 @@ class StoreExamples:
         """Some of the features that the first pass saw, evenly spread, [n n_features]."""
         return np.stack([self._sample[index] for index in sorted(self._sample)])
 
-    def in_memory(self) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    def in_memory(self, dtype: DTypeLike = np.float64) -> tuple[NDArray[Any], NDArray[np.float64] | None]:
         """All features [n_examples n_features] at once, and their weights."""
-        blocks = list(self.blocks())
-        weights = [block.weight for block in blocks if block.weight is not None]
-        return np.concatenate([block.features for block in blocks]), np.concatenate(weights) if weights else None
+        features, weights = [], []
+        for block in self.blocks():
+            features.append(block.features.astype(dtype, copy=False))
+            if block.weight is not None:
+                weights.append(block.weight)
+        return np.concatenate(features), np.concatenate(weights) if weights else None
 
 
 def check_store_is_of(

@@ -14,7 +14,7 @@ from lmprobe_tl.activation_store import ActivationStore
 from lmprobe_tl.artefact import pooling_name
 from lmprobe_tl.batch_pooling import activation_poolings
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.estimators import make_classifier
+from lmprobe_tl.estimators import make_classifier, own_pooling
 from lmprobe_tl.extraction import extract_poolings
 from lmprobe_tl.features import are_constant, constant_error
 from lmprobe_tl.forward_batches import centred
@@ -164,6 +164,11 @@ def check_sweep(
     listed, poolings = _listed(classifiers, "classifiers"), _checked_poolings(poolings)
     for classifier in listed:
         make_classifier(classifier, None)
+        if own_pooling(classifier) is not None:
+            raise InputError(
+                f"classifiers has {classifier_name(classifier)!r}, which reads all tokens of a prompt; a sweep compares "
+                "classifiers of pooled activations. Fit it by Probe(..., classifier=...) at the hook point that wins."
+            )
         if isinstance(classifier, str) and listed.count(classifier) > 1:
             raise InputError(f"classifiers names {classifier!r} more than once; give each of them once.")
     check_validation(validation)

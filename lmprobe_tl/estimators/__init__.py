@@ -1,4 +1,7 @@
-"""Classifiers on pooled activations [n_examples n_features]: by name, or any scikit-learn classifier of your own."""
+"""Classifiers by name, or any scikit-learn classifier of your own.
+
+Most take pooled activations [n_examples n_features]; sequence classifiers take all tokens of a prompt and pool themselves.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,11 @@ from sklearn.preprocessing import StandardScaler
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.linear_rule import LinearRule, linear_rule
 from lmprobe_tl.estimators.mass_mean import MassMeanClassifier
+from lmprobe_tl.estimators.sequence_classifier import SequenceClassifier
+from lmprobe_tl.estimators.sequence_classifiers import SEQUENCE_CLASSIFIERS
+from lmprobe_tl.estimators.vector_classifiers import MlpClassifier, PolynomialClassifier
 
-__all__ = ["CLASSIFIERS", "LinearRule", "MassMeanClassifier", "linear_rule", "make_classifier"]
+__all__ = ["CLASSIFIERS", "LinearRule", "MassMeanClassifier", "linear_rule", "make_classifier", "own_pooling"]
 
 _C = 0.03
 
@@ -58,13 +64,34 @@ def _mass_mean_whitened(random_state: int | None) -> BaseEstimator:
     return MassMeanClassifier(covariance=True)
 
 
+def _mlp(random_state: int | None) -> BaseEstimator:
+    """One hidden layer of 64 units."""
+    return MlpClassifier(random_state=random_state)
+
+
+def _polynomial(random_state: int | None) -> BaseEstimator:
+    """A truncated polynomial of degree 3, trained order by order."""
+    return PolynomialClassifier(random_state=random_state)
+
+
 CLASSIFIERS: dict[str, Callable[[int | None], BaseEstimator]] = {
     "lda": _lda,
     "logistic_regression": _logistic_regression,
     "mass_mean": _mass_mean,
     "mass_mean_whitened": _mass_mean_whitened,
+    "mlp": _mlp,
+    "polynomial": _polynomial,
     "ridge": _ridge,
+    **SEQUENCE_CLASSIFIERS,
 }
+
+
+def own_pooling(classifier: Any) -> str | None:
+    """How a sequence classifier, by name or instance, reduces the tokens of a prompt itself: 'sequence', or the reduction of
+    its token logits, such as 'score:softmax(5)'. None for a classifier of pooled activations."""
+    if isinstance(classifier, str) and classifier in SEQUENCE_CLASSIFIERS:
+        classifier = SEQUENCE_CLASSIFIERS[classifier](None)
+    return classifier.own_pooling if isinstance(classifier, SequenceClassifier) else None
 
 
 def make_classifier(classifier: Any, random_state: int | None) -> BaseEstimator:

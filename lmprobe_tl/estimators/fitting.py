@@ -12,6 +12,7 @@ from sklearn.model_selection import GroupKFold, LeaveOneGroupOut, StratifiedGrou
 from sklearn.pipeline import Pipeline
 
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.estimators.torch_classifier import TorchClassifier
 
 Array = NDArray[Any]
 _CERTAIN = 1e-12
@@ -23,14 +24,15 @@ def fit_classifier(
     """Fit in place and return the classifier.
 
     features: [n_examples n_features]; labels: [n_examples]. groups: [n_examples]; a cross-validation inside the classifier
-    (a grid search, LogisticRegressionCV) then never parts a group. sample_weight: [n_examples]; InputError where it is not
-    supported.
+    (a grid search, LogisticRegressionCV), and a held-out part for early stopping, then never parts a group. sample_weight:
+    [n_examples]; InputError where it is not supported.
     """
     if groups is not None:
         _split_by_group(classifier, features, labels, groups)
-    if sample_weight is None:
-        return classifier.fit(features, labels)
-    return classifier.fit(features, labels, **_weight_argument(classifier, sample_weight))
+    arguments = {} if sample_weight is None else _weight_argument(classifier, sample_weight)
+    if groups is not None and isinstance(classifier, TorchClassifier):
+        arguments["groups"] = groups
+    return classifier.fit(features, labels, **arguments)
 
 
 def _split_by_group(classifier: Any, features: Array, labels: Array, groups: Array) -> None:

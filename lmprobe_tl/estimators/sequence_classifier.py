@@ -21,7 +21,7 @@ from lmprobe_tl.estimators.ragged import Segments
 from lmprobe_tl.estimators.token_sequences import TokenSequences
 from lmprobe_tl.estimators.torch_classifier import Array, TorchClassifier, readings_of
 from lmprobe_tl.estimators.training import Batch, Epoch, Schedule, TrainingSet, minimise
-from lmprobe_tl.heads import HeadKind, SequenceHead, TokenHead
+from lmprobe_tl.heads import HeadKind, LinearHead, SequenceHead
 
 DECISION_TOKENS = 2**16
 VALUE_SPREAD = 0.1  # of a head's values at the start, in logits
@@ -45,8 +45,8 @@ class Design:
         return self.n_values if self.kind in ("attention", "rolling_attention") else 0
 
     @property
-    def head(self) -> TokenHead | SequenceHead:
-        return TokenHead(1) if self.n_heads is None else SequenceHead(self.kind, self.n_heads, self.window)
+    def head(self) -> LinearHead | SequenceHead:
+        return LinearHead(1) if self.n_heads is None else SequenceHead(self.kind, self.n_heads, self.window)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -56,6 +56,11 @@ class SequenceClassifier(TorchClassifier):
     X, everywhere: a list of arrays [n_tokens_i d], `TokenSequences`, or an array [n d] of n sequences of one token.
     See `TorchClassifier` for the other parameters and for what is learnt.
     """
+
+    @property
+    def own_pooling(self) -> str:
+        """How tokens become the score of a sequence: 'sequence', or a reduction of the token logits of a linear head."""
+        return self._design().own_pooling
 
     def decision_function(self, X: Any) -> Array:
         """The logit of each whole sequence [n], computed in float64 on some sequences at a time."""
@@ -122,7 +127,9 @@ class SequenceClassifier(TorchClassifier):
         check_is_fitted(self)
         width = sequences.values.shape[1]
         if width != self.n_features_in_:
-            raise InputError(f"X has {width} features, but {type(self).__name__} is expecting {self.n_features_in_} features.")
+            raise InputError(
+                f"X has {width} features, but {type(self).__name__} is expecting {self.n_features_in_} features."
+            )
         return sequences
 
     def _examples_and_labels(self, X: Any, y: Any) -> tuple[TokenSequences, NDArray[Any]]:

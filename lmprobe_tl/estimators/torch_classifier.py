@@ -77,7 +77,9 @@ class TorchClassifier(ClassifierMixin, BaseEstimator):
         class_index = np.searchsorted(self.classes_, y[used])
         learnt, held = (
             used[part]
-            for part in split(class_index, None if groups is None else np.asarray(groups)[used], self.validation_fraction, seed)
+            for part in split(
+                class_index, None if groups is None else np.asarray(groups)[used], self.validation_fraction, seed
+            )
         )
         scaling = token_scaling(sequences, learnt, standardize=self.standardize)
         targets = torch.zeros(len(sequences), dtype=torch.float32 if len(self.classes_) == 2 else torch.int64)
@@ -145,7 +147,12 @@ class TorchClassifier(ClassifierMixin, BaseEstimator):
 
     def _check_parameters(self) -> None:
         check_positive("learning_rate", self.learning_rate)
-        require(_is_number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number, 0 or more")
+        require(
+            _is_number(self.weight_decay) and self.weight_decay >= 0,
+            "weight_decay",
+            self.weight_decay,
+            "a number, 0 or more",
+        )
         for name in ("max_epochs", "patience", "batch_tokens"):
             value = getattr(self, name)
             if name != "batch_tokens" or value is not None:

@@ -45,7 +45,10 @@ class MlpClassifier(TorchClassifier):
             return values.to(data.device).requires_grad_()
 
         weight, hidden_bias = start(self.n_hidden, d, deviation=1 / math.sqrt(d)), start(self.n_hidden, deviation=0.0)
-        readout, bias = start(n_outputs, self.n_hidden, deviation=0.1 / math.sqrt(self.n_hidden)), start(n_outputs, deviation=0.0)
+        readout, bias = (
+            start(n_outputs, self.n_hidden, deviation=0.1 / math.sqrt(self.n_hidden)),
+            start(n_outputs, deviation=0.0),
+        )
 
         def losses(batch: Batch) -> Tensor:
             hidden = (data.scaling.readings(batch.tokens, weight) + hidden_bias).relu()
