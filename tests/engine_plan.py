@@ -26,7 +26,6 @@ POOLINGS = {
 }
 KINDS = ("attention", "rolling_attention", "multimax", "polynomial", "mlp")
 N_LINEAR = len(POOLINGS) + 2  # the last probe has three classes
-N_COLUMNS = N_LINEAR + len(KINDS)
 
 
 def some_probes() -> list[ProbeWeights]:
@@ -46,7 +45,8 @@ def some_probes() -> list[ProbeWeights]:
         )
     hook_point = "blocks.0.hook_resid_post"
     heads = [make_head_probe(kind, hook_point, seed=at, d_model=N_LINEAR) for at, kind in enumerate(KINDS)]
-    return [*heads[:2], *found, *heads[2:]]
+    of_a_mean = make_head_probe("polynomial", hook_point, name="of a mean", seed=9, inference="mean", d_model=N_LINEAR)
+    return [*heads[:2], *found, *heads[2:], of_a_mean]
 
 
 @cache

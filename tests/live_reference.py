@@ -109,6 +109,7 @@ def many_probes() -> list[ProbeWeights]:
         make_head_probe("rolling_attention", "blocks.1.hook_resid_pre", seed=10),
         make_head_probe("mlp", ("blocks.3.hook_resid_post", "blocks.1.hook_resid_post"), seed=11, inference="score:mean"),
         make_head_probe("polynomial", seed=12, inference="score:ema_max(0.5)"),
+        make_head_probe("mlp", seed=13, name="mlp of a mean", inference="mean"),
     ]
 
 
@@ -156,7 +157,7 @@ def _pooled(features: Tensor, weights: ProbeWeights, strategy: str) -> Tensor:
         features, name = features[-1:], "last_token"
     if stage != "score" and name in ("mean", "last_token", "first_token"):
         one = {"mean": features.mean(dim=0), "last_token": features[-1], "first_token": features[0]}[name]
-        return torch.atleast_1d(weights.probabilities(one))
+        return torch.atleast_1d(weights.probabilities(one))  # of the pooled activations, whatever the kind
     logits = weights.logits(features).double()
     if argument:
         return torch.tensor([_streaming(logits.tolist(), name, float(argument))])

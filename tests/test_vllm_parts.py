@@ -202,7 +202,8 @@ def test_running_scores_of_many_rows_are_those_of_one(data: st.DataObject) -> No
             known = read.isfinite().all(-1)
             for group, online in zip(plan.groups, alone[row], strict=True):
                 counted = known if group.reduction.counts_bos else known & ~torch.from_numpy(is_bos[at : at + 1])
-                expected = online.update(group.enter(read[..., group.readings], scores[..., group.columns]), counted)[0]
+                z = group.enter(read[..., group.readings], scores[..., group.columns])
+                expected = group.values(online.update(z, counted))[0]
                 same(torch.from_numpy(values[at][:, group.columns]), expected)
             position[row] += new
 

@@ -75,8 +75,8 @@ def linear_rule(classifier: Any, features: ArrayLike, *, tolerance: float = 1e-4
             problems[name] = problem
     raise NonlinearClassifierError(
         f"No linear rule reproduces {_name(classifier)}: {'; '.join(problems.values())}. It still works in predict and "
-        f"predict_proba, but it cannot be saved or run live. For that use 'logistic_regression', 'mass_mean', or "
-        f"scikit-learn's LinearSVC, RidgeClassifier or LinearDiscriminantAnalysis."
+        f"predict_proba, but it cannot be saved or run live. For that use 'logistic_regression', 'mass_mean', 'mlp' or "
+        f"'polynomial', or scikit-learn's LinearSVC, RidgeClassifier or LinearDiscriminantAnalysis."
     )
 
 

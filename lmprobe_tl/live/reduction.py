@@ -21,7 +21,8 @@ class LiveReduction:
     name is None where the probe's head reduces its readings itself.
 
     before, after: 'none', 'sigmoid' or 'softmax'. unit: of the running score, 'probability' or 'logit'. counts_bos: whether
-    a leading BOS takes part.
+    a leading BOS takes part. on_readings: the online reduction takes the readings of tokens, and the head makes a logit of
+    its result: a mean of activations is a mean of readings, but of logits only where the head is linear.
     """
 
     name: str | None
@@ -30,6 +31,7 @@ class LiveReduction:
     after: str
     unit: str
     counts_bos: bool
+    on_readings: bool = False
 
     @property
     def own_unit(self) -> ThresholdUnit:
@@ -56,7 +58,7 @@ def _logits(values: Tensor) -> Tensor:
 def live_reduction(weights: ProbeWeights) -> LiveReduction:
     """The online reduction that equals the probe's inference pooling, or IncompatibleProbeError where there is none.
 
-    Pooling the activations by mean, first or last token is linear, so it is the same reduction of the logits.
+    Pooling the activations by mean, first or last token is linear, so it is the same reduction of the readings.
     """
     if weights.spec.reduces_tokens:
         return LiveReduction(None, None, "none", "sigmoid", "probability", weights.spec.pooling.include_bos)
@@ -84,4 +86,5 @@ def live_reduction(weights: ProbeWeights) -> LiveReduction:
             "another inference pooling, for instance 'score:max'."
         )
     counts_bos = weights.spec.pooling.include_bos or name == "first_token"
-    return LiveReduction(name, parsed.parameter, before, after, unit, counts_bos)
+    on_readings = name == "mean" and not parsed.is_score_pooling and weights.spec.has_readout
+    return LiveReduction(name, parsed.parameter, before, after, unit, counts_bos, on_readings)

@@ -76,11 +76,17 @@ class ReductionGroup:
             n_readings = self.readings.stop - self.readings.start
             return OnlineReduction(self.head.start, self.head.step, (), n_rows, n_readings, device, n_scores=self.n_columns)
         assert self.reduction.name is not None
-        return make_online(self.reduction.name, self.reduction.parameter, n_rows, self.n_columns, device)
+        n = self.readings.stop - self.readings.start if self.reduction.on_readings else self.n_columns
+        return make_online(self.reduction.name, self.reduction.parameter, n_rows, n, device)
 
     def enter(self, readings: Tensor, logits: Tensor) -> Tensor:
         """What the online reduction takes: of this group, readings [batch pos readings] or logits [batch pos columns]."""
-        return readings if isinstance(self.head, SequenceHead) else self._squash(logits, self.reduction.before)
+        takes_readings = isinstance(self.head, SequenceHead) or self.reduction.on_readings
+        return readings if takes_readings else self._squash(logits, self.reduction.before)
+
+    def values(self, reduced: Tensor) -> Tensor:
+        """What the online reduction yields, as values of this group's columns [batch pos columns]."""
+        return self.head.token_logits(reduced) if self.reduction.on_readings else reduced
 
     def leave(self, running: Tensor) -> Tensor:
         """Running values of the online reduction as scores; with several classes they sum to 1."""
@@ -196,7 +202,7 @@ class ScoringPlan:
     ) -> Tensor:
         """The values of the online reductions [batch pos n_columns] after the next positions, group by group."""
         parts = [
-            update(online, group, group.enter(readings[..., group.readings], logits[..., group.columns]))
+            group.values(update(online, group, group.enter(readings[..., group.readings], logits[..., group.columns])))
             for group, online in zip(self.groups, onlines, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
