@@ -37,7 +37,7 @@ def probe_poolings(
         return own, own
     if callable(inference_pooling) or not parse_pooling_strategy(inference_pooling).is_score_pooling:
         raise InputError(
-            f"inference_pooling is {inference_pooling!r}; expected None ({own!r}) or another reduction of token scores, such "
-            f"as 'score:ema_max(0.1)', since {name} learns from whole token sequences."
+            f"inference_pooling is {inference_pooling!r}; expected None ({own!r}) or another reduction of token scores, "
+            f"such as 'score:ema_max(0.1)', since {name} learns from whole token sequences."
         )
     return own, inference_pooling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from lmprobe_tl.probe_spec import (
     ThresholdRecord,
     TrainingRecord,
 )
-from lmprobe_tl.weights import ProbeWeights
+from lmprobe_tl.weights import ProbeWeights, tensor_shapes
 
 
 def probe_summary(weights: ProbeWeights) -> dict[str, str]:
@@ -22,6 +23,7 @@ def probe_summary(weights: ProbeWeights) -> dict[str, str]:
     rows = {
         "name": spec.name,
         "description": spec.description or "none",
+        "kind": _kind_text(spec),
         "labels": _labels_text(spec),
         "hook points": ", ".join(spec.hook_points),
         "d_model": str(spec.d_model),
@@ -36,7 +38,7 @@ def probe_summary(weights: ProbeWeights) -> dict[str, str]:
         **{f"metric {name}": _metric_text(metric) for name, metric in spec.metrics.items()},
         "versions": ", ".join(f"{library} {version}" for library, version in spec.versions.items()) or "not recorded",
         "licence": spec.licence or "not stated",
-        "size": f"{weights.direction.numel() + weights.intercept.numel()} float32 numbers",
+        "size": f"{sum(math.prod(shape) for shape in tensor_shapes(spec).values())} float32 numbers",
     }
     return {_printable(key): _printable(text) for key, text in rows.items()}
 
@@ -49,6 +51,11 @@ def _printable(text: str) -> str:
 def _facts(values: Mapping[str, Any]) -> str:
     known = [f"{key.replace('_', ' ')} {value}" for key, value in values.items() if value is not None]
     return ", ".join(known) or "not recorded"
+
+
+def _kind_text(spec: ProbeSpec) -> str:
+    sizes = [f"{key.replace('_', ' ')} {size}" for key, size in spec.head.to_dict().items() if size is not None]
+    return spec.kind.replace("_", " ") + (f" ({', '.join(sizes)})" if sizes else "")
 
 
 def _labels_text(spec: ProbeSpec) -> str:

@@ -18,7 +18,7 @@ FLOORS = {
     0: {"errors", "types", "files"},
     1: {"heads", "masks", "pooling", "reductions", "online", "softmax_twins", "twins", "twin_check"},
     2: {"checked_record", "probe_spec", "weight_tensors", "weights", "probe_file", "probe_summary", "labels", "metrics"}
-    | {"calibration"}
+    | {"calibration", "early_exit"}
     | {"given_probes", "provenance", "store", "store.record", "activation_store", "splits", "token_bag"}
     | {"estimators", "estimators.blocks", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"}
     | {"estimators.streaming"},

@@ -376,6 +376,7 @@ def test_the_summary_has_a_readable_row_for_everything() -> None:
         "name": "täuschung ☂",
         "description": 'says "so"\\nand so',
         "labels": "'yes' (positive), False (negative)",
+        "kind": "linear",
         "hook points": "blocks.1.hook_resid_post, blocks.0.hook_resid_post",
         "d_model": "2",
         "model": "id tiny, revision abc, config fingerprint c1, layers 2",

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_reference import make_head_probe
 
 from lmprobe_tl.calibration import Calibration
-from lmprobe_tl.errors import IncompatibleProbeError, InputError
-from lmprobe_tl.probe_spec import MetricRecord, ProbabilityRecord, ProbeSpec, ThresholdRecord
+from lmprobe_tl.errors import EmptyMaskError, IncompatibleProbeError, InputError
+from lmprobe_tl.probe_spec import HeadRecord, MetricRecord, ProbabilityRecord, ProbeSpec, ThresholdRecord
 from lmprobe_tl.weights import ProbeWeights
 
 HOOKS = ("blocks.3.hook_resid_post", "blocks.1.hook_resid_post")
@@ -284,3 +286,58 @@ def test_another_inference_pooling_takes_threshold_and_metrics_away() -> None:
     assert probe.threshold is not None
     with pytest.raises(InputError, match=r"score:maxx"):
         probe.with_inference_pooling("score:maxx")
+
+
+@pytest.mark.parametrize("kind", ["attention", "multimax", "rolling_attention"])
+def test_a_sequence_is_reduced_by_its_own_head_whatever_stands_at_pads(kind: str) -> None:
+    weights = make_head_probe(kind, d_model=8)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(length, 8, generator=generator) for length in (3, 7, 1)]
+    padded, mask = torch.full((3, 9, 8), torch.nan), torch.zeros(3, 9)
+    for at, row in enumerate(rows):
+        padded[at, 9 - len(row) :], mask[at, 9 - len(row) :] = row, 1
+    found = weights.sequence_logits(padded, mask)
+    alone = torch.cat([weights.sequence_logits(row[None]) for row in rows])
+    torch.testing.assert_close(found, alone)
+    torch.testing.assert_close(found[2], weights.logits(rows[2])[0])
+    with pytest.raises(EmptyMaskError, match="row"):
+        weights.sequence_logits(padded, mask * 0)
+
+
+def test_other_kinds_have_no_logit_of_a_sequence() -> None:
+    with pytest.raises(InputError, match="kind 'mlp', which scores token by token"):
+        make_head_probe("mlp", d_model=8).sequence_logits(torch.zeros(1, 2, 8))
+
+
+def test_the_readout_belongs_to_its_kinds() -> None:
+    spec = make_head_probe("mlp", d_model=8).spec
+    direction, intercept = torch.zeros(5, 8), torch.zeros(5)
+    with pytest.raises(InputError, match="readout is None; expected a tensor"):
+        ProbeWeights(direction, intercept, spec)
+    with pytest.raises(InputError, match=r"readout has shape \[1, 4\]; expected \[1, 5\]"):
+        ProbeWeights(direction, intercept, spec, torch.zeros(1, 4), torch.zeros(1))
+    with pytest.raises(InputError, match="readout is given; expected None, since its kind is 'linear'"):
+        ProbeWeights(torch.zeros(1, 8), torch.zeros(1), replace(spec, kind="linear", head=HeadRecord()), torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "polynomial", "attention"])
+def test_kinds_move_between_bases_and_copies(kind: str) -> None:
+    centred = make_head_probe(kind, d_model=8, residual_basis="centered")
+    raw, x = centred.to_raw_basis(), torch.randn(4, 8)
+    torch.testing.assert_close(raw.logits(x), centred.logits(x - x.mean(dim=-1, keepdim=True)), rtol=1e-4, atol=1e-5)
+    copied = pickle.loads(pickle.dumps(raw))
+    assert torch.equal(copied.logits(x), raw.logits(x))
+
+
+def test_a_kind_that_reduces_its_tokens_has_no_other_pooling() -> None:
+    with pytest.raises(InputError, match="reduces its tokens itself"):
+        make_head_probe("attention").with_inference_pooling("score:max")
+    assert make_head_probe("mlp").with_inference_pooling("score:mean").spec.pooling.inference == "score:mean"
+
+
+def test_autocast_does_not_narrow_a_readout() -> None:
+    for kind in ("mlp", "polynomial"):
+        weights, x = make_head_probe(kind, d_model=8), torch.randn(6, 8)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = weights.logits(x)
+        assert torch.equal(found, weights.logits(x))
