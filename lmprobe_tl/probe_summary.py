@@ -23,8 +23,8 @@ def probe_summary(weights: ProbeWeights) -> dict[str, str]:
     rows = {
         "name": spec.name,
         "description": spec.description or "none",
-        "kind": _kind_text(spec),
         "labels": _labels_text(spec),
+        "kind": _kind_text(spec),
         "hook points": ", ".join(spec.hook_points),
         "d_model": str(spec.d_model),
         "model": _facts(spec.model.to_dict() | {"layers": spec.n_layers}),
