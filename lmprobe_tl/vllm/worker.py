@@ -14,6 +14,7 @@ from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.probe_file import probe_from_bytes
 from lmprobe_tl.vllm import _compat, wire
+from lmprobe_tl.vllm._compat.blocks import decoder_blocks
 from lmprobe_tl.vllm.activations import WorkerActivations
 from lmprobe_tl.vllm.hooks import StaticHooks
 from lmprobe_tl.vllm.publisher import ScorePublisher
@@ -105,9 +106,8 @@ class WorkerProbes:
         self.structure = Structure.from_config(config.additional_config)
         self.layout: CacheLayout | None = None
         self._sizes, self._runner = _compat.sizes_of(config), runner
-        self._hooks = StaticHooks(
-            _compat.decoder_layers(runner.get_model(), self._sizes.n_layers), self.structure, self._sizes, device
-        )
+        blocks = decoder_blocks(runner.get_model(), self._sizes.n_layers, self._sizes.dtype)
+        self._hooks = StaticHooks(blocks, self.structure, self._sizes, device)
         self._ranks = _compat.ranks()
         self._device = device
         self._book: ScoreBook | None = None

@@ -1,13 +1,12 @@
-"""All that this package knows of vLLM's insides. When vLLM changes, this is the file to repair.
+"""All that this package knows of vLLM's insides. When vLLM changes, this is the folder to repair.
 
-Validated with the versions from OLDEST to below NEXT. What is read: the worker classes, the modules of decoder models, the
-scheduler's output, the order of requests in a batch of either model runner, the groups of the KV cache, the sampled tokens
-of a step, and how request ids are extended.
+Validated with the versions from OLDEST to below NEXT. What is read: the worker classes, the scheduler's output,
+the order of requests in a batch of either model runner, the groups of the KV cache, the sampled tokens of a step, how
+request ids are extended; and in `blocks`, the modules of decoder models.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from lmprobe_tl.errors import EngineError
 from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
@@ -101,41 +99,6 @@ def sizes_of(config: Any) -> Sizes:
         dtype=model.dtype,
         bos_token_id=getattr(model.hf_text_config, "bos_token_id", None),
     )
-
-
-# --- the model ---------------------------------------------------------------------------------------------------------
-
-
-def decoder_layers(model: nn.Module, n_layers: int) -> dict[int, nn.Module]:
-    """The decoder's blocks by index, of this pipeline stage alone. EngineError where they cannot be told."""
-    from vllm.model_executor.models.utils import PPMissingLayer
-
-    find: Any = getattr(model, "get_language_model", None)
-    text = model if find is None else find()
-    lists = [module for module in text.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
-    blocks = [found for found in lists if any(_is_block(layer) for layer in found)]
-    if len(blocks) != 1:
-        raise EngineError(
-            f"the {n_layers} decoder blocks of {type(model).__name__} cannot be told from its other modules ({len(blocks)} "
-            "lists of modules could be them), so no probe can be installed. Supported are standard decoder stacks: Llama, "
-            "Qwen, Mistral, Gemma, GPT-2 and their kin."
-        )
-    return {index: layer for index, layer in enumerate(blocks[0]) if not isinstance(layer, PPMissingLayer)}
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether the module computes on hidden states, as a block does and a list of norms does not."""
-    return "hidden_states" in inspect.signature(module.forward).parameters
-
-
-def input_reader(layer: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
-    """Finds the residual stream among a block's arguments, for the first block, which nothing has been added to."""
-    place = list(inspect.signature(layer.forward).parameters).index("hidden_states")
-
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return kwargs["hidden_states"] if "hidden_states" in kwargs else args[place]
-
-    return read
 
 
 # --- a step ------------------------------------------------------------------------------------------------------------
