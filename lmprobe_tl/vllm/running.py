@@ -56,6 +56,11 @@ class RunningScores:
         self._crossed[row] = False
         self._crossings.pop(row, None)
 
+    def withdraw(self, row: int) -> None:
+        """The request of this row begins anew, as if nothing had been told of it."""
+        self.n_crossed -= self._crossed[row]
+        self.begin(row)
+
     def crossings(self, row: int) -> list[Crossing]:
         return self._crossings.get(row, [])
 

@@ -80,16 +80,29 @@ class ScoreBook:
     def begin_step(self, step: Step) -> None:
         for request_id in step.finished:
             self._finish(request_id)
-        for source, target in step.copies if self._slots is not None else ():
-            self._slots.copy_block(source, target)  # type: ignore[union-attr]
+        self._take_new_blocks(step)
         for new in step.new:
-            self._take_blocks(self._requests.get(new.request_id) or self._open(new), new.blocks, new.n_cached)
-        for request_id, blocks, n_cached in step.resumed:
-            if request_id in self._requests:
-                self._take_blocks(self._requests[request_id], blocks, n_cached)
-        for request_id, blocks in step.grown if self.layout is not None else ():
-            if request_id in self._requests:
-                self._slots.add_blocks(self._requests[request_id].row, blocks[self.layout.group])  # type: ignore
+            request = self._requests.get(new.request_id) or self._open(new)
+            self._begin_anew(request, new.blocks, new.n_cached, new.n_tokens)
+        for one in step.resumed:
+            if one.request_id in self._requests:
+                self._begin_anew(self._requests[one.request_id], one.blocks, one.n_cached, one.n_tokens)
+        if self._slots is not None and self.layout is not None:
+            for request_id, blocks in step.grown:
+                if request_id in self._requests:
+                    self._slots.add_blocks(self._requests[request_id].row, blocks[self.layout.group])
+
+    def _take_new_blocks(self, step: Step) -> None:
+        """What a block held before it was given away is nobody's score: not even where its new owner is not kept here."""
+        if self._slots is None or self.layout is None:
+            return
+        for source, target in step.copies:
+            self._slots.copy_block(source, target)
+        given = [block for _, blocks in step.grown for block in blocks[self.layout.group]]
+        for one in (*step.new, *step.resumed):
+            given += one.blocks[self.layout.group][-(-one.n_cached // self.layout.block_size) :]
+        if given:
+            self._slots.forget(given)
 
     def end_step(self, step: Step, order: Sequence[str], logits: np.ndarray) -> list[OpenRequest]:
         """logits: [n_tokens n_columns] of the step's tokens, request after request as in `order`. Returns the requests that
@@ -163,10 +176,10 @@ class ScoreBook:
         self._pages.write(np.full(len(logits), request.row), positions, np.concatenate([logits, values], axis=1))
         self._count(logits)
 
-    def _count(self, logits: np.ndarray) -> None:
+    def _count(self, logits: np.ndarray, sign: int = 1) -> None:
         unknown = int((~np.isfinite(logits).all(axis=1)).sum())
-        self.n_unknown += unknown
-        self.n_scored += len(logits) - unknown
+        self.n_unknown += sign * unknown
+        self.n_scored += sign * (len(logits) - unknown)
 
     # --- requests ---
 
@@ -180,10 +193,26 @@ class ScoreBook:
         self._requests[new.request_id] = request
         return request
 
-    def _take_blocks(self, request: OpenRequest, blocks: Sequence[Sequence[int]], n_cached: int) -> None:
+    def _begin_anew(
+        self, request: OpenRequest, blocks: Sequence[Sequence[int]], n_cached: int, n_tokens: int | None
+    ) -> None:
         request.cached = n_cached
         if self._slots is not None and self.layout is not None:
             self._slots.set_blocks(request.row, blocks[self.layout.group])
+        if n_tokens is not None and n_tokens < request.done:
+            self._withdraw(request, n_tokens)
+
+    def _withdraw(self, request: OpenRequest, n_tokens: int) -> None:
+        """Keep the scores of the first n_tokens alone: the engine has dropped the others, and will sample them anew."""
+        logits = self._pages.read(request.row, 0, request.done)[:, : self.plan.n_columns]
+        self._count(logits, -1)
+        self._running.withdraw(request.row)
+        self._ends.pop(request.request_id, None)
+        request.done = 0
+        self._score_one(request, 0, logits[:n_tokens])
+        request.done = request.seen = n_tokens
+        request.sent = min(request.sent, n_tokens)
+        request.told = min(request.told, len(self._running.crossings(request.row)))
 
     def _finish(self, request_id: str) -> None:
         request = self._requests.get(request_id)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lmprobe_tl.errors import EngineError
-from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
+from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, ReturningRequest, Step
 
 try:
     import vllm
@@ -110,7 +110,9 @@ def step_of(output: Any) -> Step:
     resumed, grown = [], []
     for request_id, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
         if request_id in cached.resumed_req_ids:
-            resumed.append((request_id, blocks, computed))
+            tokens = cached.all_token_ids.get(request_id)
+            n_tokens = None if tokens is None else len(tokens)
+            resumed.append(ReturningRequest(request_id, blocks, computed, n_tokens))
         elif blocks is not None:
             grown.append((request_id, blocks))
     new = [_new_request(data) for data in output.scheduled_new_reqs]
@@ -137,6 +139,7 @@ def _new_request(data: Any) -> NewRequest:
         data.block_ids,
         getattr(params, "extra_args", None) or {},
         getattr(params, "eos_token_id", None),
+        None if data.prefill_token_ids is None else len(data.prefill_token_ids),
     )
 
 
