@@ -33,7 +33,7 @@ FLOORS = {
     }
     | {"activation_source"}
     | {"vllm", "vllm._compat", "vllm._compat.blocks", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes"}
-    | {"vllm.results", "vllm.running"}
+    | {"vllm.results", "vllm.running", "vllm.offline_engine"}
     | {"vllm.runtime", "vllm.slots", "vllm.steps", "vllm.structure", "vllm.wire", "vllm.worker", "vllm.activations"}
     | {"vllm.engine", "vllm.connection", "vllm.inbox", "vllm.online_engine", "vllm.publisher"}
     | {"vllm.server", "vllm.server.choices", "vllm.server.metrics", "vllm.server.middleware", "vllm.server.request"}

@@ -12,7 +12,7 @@ from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.vllm.pages import Pages
 from lmprobe_tl.vllm.running import Crossing, RunningScores
 from lmprobe_tl.vllm.slots import SlotCache
-from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
+from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, ReturningRequest, Step
 
 WANTS_SCORES, WANTS_STOP = "probe_scores", "probe_stop"  # keys of a request's extra_args, each true or false
 
@@ -99,7 +99,8 @@ class ScoreBook:
         for source, target in step.copies:
             self._slots.copy_block(source, target)
         given = [block for _, blocks in step.grown for block in blocks[self.layout.group]]
-        for one in (*step.new, *step.resumed):
+        owners: list[NewRequest | ReturningRequest] = [*step.new, *step.resumed]
+        for one in owners:
             given += one.blocks[self.layout.group][-(-one.n_cached // self.layout.block_size) :]
         if given:
             self._slots.forget(given)

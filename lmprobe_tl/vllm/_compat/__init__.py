@@ -60,7 +60,7 @@ def refuse_unsupported(config: Any) -> None:
     """EngineError naming a setting of the engine under which scores would be missing or wrong."""
     from vllm import envs
 
-    parallel = config.parallel_config
+    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
     refused = {
         "speculative decoding (speculative_config)": config.speculative_config is not None,
         "a KV connector (kv_transfer_config), which fills the cache without a forward pass": config.kv_transfer_config
@@ -71,7 +71,9 @@ def refuse_unsupported(config: Any) -> None:
         "request ids that are not made unique (VLLM_DISABLE_REQUEST_ID_RANDOMIZATION)": bool(
             envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION
         ),
-        f"the runner {config.model_config.runner_type!r}": config.model_config.runner_type != "generate",
+        "prompts as embeddings, whose length no output tells (enable_prompt_embeds)": model.enable_prompt_embeds,
+        "a prefill that keeps tokens from late layers (kv_sharing_fast_prefill)": cache.kv_sharing_fast_prefill,
+        f"the runner {model.runner_type!r}": model.runner_type != "generate",
     }
     for what, is_set in refused.items():
         if is_set:
@@ -288,6 +290,12 @@ def weight_files(config: Any) -> list[Path]:
         if found:
             return found
     raise EngineError(f"{str(folder)!r} has no weights ({', '.join(_WEIGHTS)}), so which they are cannot be recorded.")
+
+
+def abort_all(llm: Any) -> None:
+    """End all requests of an offline engine, whose outputs nobody waits for."""
+    engine = llm.llm_engine
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
 
 def shut_down(llm: Any) -> None:
