@@ -187,8 +187,6 @@ def _check_can_be_stopped(params: Any) -> None:
         "ignore_eos": "has vLLM go on",
         "trace_decode_token_ids": "has vLLM go on",
         "min_tokens": "has vLLM go on",
-        "logprobs": "asks for a log-probability of each token, which nobody computes of that one",
-        "logprob_token_ids": "asks for log-probabilities of each step, which are not of that one",
         "structured_outputs": "forbids that token before the structure is complete",
     }
     for name, why in forbidden.items():

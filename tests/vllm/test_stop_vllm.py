@@ -139,8 +139,6 @@ def test_options_that_do_not_go_with_a_stop_are_refused(llama: Reference) -> Non
     for name, value in (
         ("ignore_eos", True),
         ("min_tokens", 2),
-        ("logprobs", 0),
-        ("logprobs", 3),
         ("structured_outputs", StructuredOutputsParams(regex="a+")),
     ):
         params = SamplingParams(max_tokens=4, **{name: value})

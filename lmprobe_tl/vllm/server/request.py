@@ -99,30 +99,6 @@ def _check_can_stop(fields: dict[str, Any], can_stop: bool) -> None:
                 f"{WANTS_STOP} ends a request by its end-of-sequence token, which {other}={fields[other]!r} makes vLLM "
                 "ignore; leave one of them out.",
             )
-    for other in ("logprobs", "logprob_token_ids"):
-        if fields.get(other) is not None and fields[other] is not False:
-            raise FieldError(
-                WANTS_STOP,
-                f"{WANTS_STOP} puts the end-of-sequence token in place of a sampled one, so its log-probability, for which "
-                f"{other}={fields[other]!r} asks, is not known; leave one of them out.",
-            )
-    if _has_structure(fields):
-        raise FieldError(
-            WANTS_STOP,
-            f"{WANTS_STOP} ends a request by its end-of-sequence token, which a structured output (structured_outputs, "
-            "response_format, tool_choice) forbids before it is complete; leave one of them out.",
-        )
-
-
-def _has_structure(fields: dict[str, Any]) -> bool:
-    """Whether the output is bound to a grammar."""
-    form, tool = fields.get("response_format"), fields.get("tool_choice")
-    return (
-        bool(fields.get("structured_outputs"))
-        or (isinstance(form, dict) and form.get("type", "text") != "text")
-        or tool == "required"
-        or isinstance(tool, dict)
-    )
 
 
 def _count(value: Any) -> int:
