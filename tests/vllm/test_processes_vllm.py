@@ -31,7 +31,7 @@ def checked(reference: Reference, options: dict[str, Any], kind: str = "scores",
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,  # importing vLLM in three processes, one after another, is slow on a busy machine
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
