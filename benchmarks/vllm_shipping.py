@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lmprobe_tl.vllm import _compat
+from lmprobe_tl.vllm._compat.blocks import decoder_blocks, output_reader
 
 
 class ShippingWorker(_compat.worker_base()):  # type: ignore[misc]
@@ -16,14 +17,16 @@ class ShippingWorker(_compat.worker_base()):  # type: ignore[misc]
     def load_model(self, *arguments: Any, **options: Any) -> None:
         super().load_model(*arguments, **options)
         sizes = _compat.sizes_of(self.vllm_config)
-        layers = _compat.decoder_layers(self.model_runner.get_model(), sizes.n_layers)
+        blocks = decoder_blocks(self.model_runner.get_model(), sizes.n_layers, sizes.dtype)
+        block = blocks[sizes.n_layers // 2]
+        read = output_reader(block)
         self._shipped: dict[str, list[torch.Tensor]] = {}
         self._latest = torch.empty(0)
 
         def keep(module: Any, arguments: Any, output: Any) -> None:
-            self._latest = output[0] + output[1] if isinstance(output, tuple) else output
+            self._latest = read(output)
 
-        layers[sizes.n_layers // 2].register_forward_hook(keep)
+        block.register_forward_hook(keep)
 
     def execute_model(self, scheduler_output: Any) -> Any:
         output = super().execute_model(scheduler_output)

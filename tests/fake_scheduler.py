@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
+from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, ReturningRequest, Step
 
 OTHER_GROUP = [7, 7]  # blocks of a group of layers that scores do not go by
 
@@ -163,9 +163,9 @@ class FakeScheduler:
             blocks = [OTHER_GROUP, list(request.blocks)]
             if request.is_new or self.comes_back_new:
                 prompt = request.tokens[: request.n_prompt]
-                new.append(NewRequest(request.request_id, prompt, n_cached, blocks, request.options, 1))
+                new.append(NewRequest(request.request_id, prompt, n_cached, blocks, request.options, 1, request.known))
             else:
-                resumed.append((request.request_id, blocks, n_cached))
+                resumed.append(ReturningRequest(request.request_id, blocks, n_cached, request.known))
             request.is_new = False
             counts[request.request_id], starts[request.request_id] = count, n_cached
             taking.append(request)

@@ -33,7 +33,8 @@ FLOORS = {
         "compatibility",
     }
     | {"activation_source"}
-    | {"vllm", "vllm._compat", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes", "vllm.results", "vllm.running"}
+    | {"vllm", "vllm._compat", "vllm._compat.blocks", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes"}
+    | {"vllm.results", "vllm.running", "vllm.offline_engine"}
     | {"vllm.runtime", "vllm.slots", "vllm.steps", "vllm.structure", "vllm.wire", "vllm.worker", "vllm.activations"}
     | {"vllm.engine", "vllm.connection", "vllm.inbox", "vllm.online_engine", "vllm.publisher"}
     | {"vllm.server", "vllm.server.choices", "vllm.server.metrics", "vllm.server.middleware", "vllm.server.request"}
@@ -89,7 +90,7 @@ ONLY_IN = {
     "transformers": {"monitor", "demo.train_model", "cli.options"},
     "matplotlib": {"plots"},
     "pandas": {"sweep_result"},
-    "vllm": {"vllm._compat", "vllm.engine", "vllm.offline", "vllm.online_engine"},
+    "vllm": {"vllm._compat", "vllm._compat.blocks", "vllm.engine", "vllm.offline", "vllm.online_engine"},
     "msgspec": {"vllm.wire"},
     "zmq": {"vllm.inbox", "vllm.publisher"},
     "prometheus_client": {"vllm.server.metrics"},

@@ -15,6 +15,7 @@ from lmprobe_tl.errors import EngineError
 from lmprobe_tl.forward_batches import Batch
 from lmprobe_tl.tokens import batches_by_length, pad_rows, without_bos
 from lmprobe_tl.vllm import _compat, wire
+from lmprobe_tl.vllm._compat.blocks import decoder_blocks
 from lmprobe_tl.vllm.hooks import STALE_GRAPH, StaticHooks
 from lmprobe_tl.vllm.steps import CacheLayout, Step
 from lmprobe_tl.vllm.structure import Structure
@@ -122,8 +123,8 @@ class WorkerActivations:
         self.structure = Structure.from_config(config.additional_config)
         self.layout: CacheLayout | None = None
         self._sizes, self._runner, self._device = _compat.sizes_of(config), runner, device
-        layers = _compat.decoder_layers(runner.get_model(), self._sizes.n_layers)
-        self._hooks = StaticHooks(layers, self.structure, self._sizes, device)
+        blocks = decoder_blocks(runner.get_model(), self._sizes.n_layers, self._sizes.dtype)
+        self._hooks = StaticHooks(blocks, self.structure, self._sizes, device)
         self._reports = bool(self._hooks.by_name) and _compat.ranks().tensor == 0
         self._book: ActivationBook | None = None
         self._fired: list[int] = []

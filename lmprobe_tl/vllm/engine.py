@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,17 @@ from lmprobe_tl.batch_pooling import BatchPooler, Strategy, activation_strategy
 from lmprobe_tl.errors import EngineError, InputError
 from lmprobe_tl.forward_batches import Batch
 from lmprobe_tl.tokens import without_bos
-from lmprobe_tl.vllm import wire
+from lmprobe_tl.vllm import _compat, wire
 from lmprobe_tl.vllm.activations import ROW
-from lmprobe_tl.vllm.probes import WORKER_CLASS
-from lmprobe_tl.vllm.structure import CONFIG_KEY, ResidualPoint, Structure
+from lmprobe_tl.vllm.offline_engine import OfflineEngine
+from lmprobe_tl.vllm.structure import CONFIG_KEY, WORKER_CLASS, ResidualPoint, Structure
 
 # Of a group of prompts: what a worker holds of it, and sends at once. Enough to keep an engine's batch full.
 _GROUP_BYTES, _GROUP_PROMPTS = 256 * 2**20, 1024
 _FIXED = {"worker_cls": WORKER_CLASS, "enable_prefix_caching": False, "skip_tokenizer_init": True}
 
 
-class ActivationEngine:
+class ActivationEngine(OfflineEngine):
     """A vLLM engine whose compiled graph keeps the residual stream of every token, for `extract_activations` and
     `extract_to_store`, several calls of them.
 
@@ -42,10 +41,7 @@ class ActivationEngine:
     """
 
     def __init__(self, model: str | Path, hook_points: Any = "all", **vllm_args: Any) -> None:
-        from lmprobe_tl.vllm import _compat
-
         _compat.check_version()
-        self.llm: Any = None
         self.model = str(model)
         for key, value in _FIXED.items():
             if vllm_args.get(key, value) != value:
@@ -68,19 +64,8 @@ class ActivationEngine:
         self.d_model, self.n_layers = sizes.d_model, sizes.n_layers
 
     @property
-    def _config(self) -> Any:
-        return self.llm.llm_engine.vllm_config
-
-    @property
-    def dtype(self) -> str:
-        """In which the model computes: 'bfloat16', 'float32' or 'float16'."""
-        return str(self._config.model_config.dtype).removeprefix("torch.")
-
-    @property
     def version(self) -> str:
         """Of vLLM."""
-        from lmprobe_tl.vllm import _compat
-
         return _compat.version()
 
     @property
@@ -94,8 +79,6 @@ class ActivationEngine:
 
         Not of the parameters in memory: engines fuse, pack and split these, each platform in its own way.
         """
-        from lmprobe_tl.vllm import _compat
-
         config = self._config
         digest = hashlib.sha256(f"{config.model_config.quantization} {config.load_config.load_format};".encode())
         for path in _compat.weight_files(config):
@@ -122,8 +105,7 @@ class ActivationEngine:
 
         A pooling that is a function is called here, with one row at a time. progress: as in `extract_activations`.
         """
-        if self.llm is None:
-            raise EngineError("this engine is closed; start another one.")
+        self._check_open()
         self.check_hook_points(hook_points)
         named = [(activation_strategy(one), include_bos) for one in poolings if not callable(one)]
         asked = named + [("all", True)] * any(map(callable, poolings))
@@ -171,7 +153,7 @@ class ActivationEngine:
         self.llm.collective_rpc("lmprobe_collect", args=(wire.encode(message),))
         options = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "ignore_eos": True}
         sampling = [SamplingParams(**options, extra_args={ROW: index}) for index in range(len(rows))]
-        self.llm.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
+        self._call("generate", [{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
         request = wire.encode(wire.CollectedRequest(len(rows)))
         answers = self.llm.collective_rpc("lmprobe_collected", args=(request,))
         found: dict[str, list[Tensor]] = {}
@@ -183,29 +165,9 @@ class ActivationEngine:
     def _tensor(self, payload: bytes) -> Tensor:
         return torch.from_numpy(np.frombuffer(payload, dtype=np.float32).reshape(-1, self.d_model).copy())
 
-    # --- the end ---
-
-    def close(self) -> None:
-        """Shut the engine down and free its memory."""
-        from lmprobe_tl.vllm import _compat
-
-        if self.llm is not None:
-            _compat.shut_down(self.llm)
-            self.llm = None
-
-    def __enter__(self) -> ActivationEngine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def longest_prompt_of(model: str) -> int:
     """Tokens of the longest prompt that an engine of this model takes."""
-    from lmprobe_tl.vllm import _compat
-
     _compat.check_version()
     return _compat.model_settings(model, {}).longest_prompt
 

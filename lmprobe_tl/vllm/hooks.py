@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
-from lmprobe_tl.vllm._compat import Sizes, input_reader
+from lmprobe_tl.vllm._compat import Sizes
+from lmprobe_tl.vllm._compat.blocks import input_reader, output_reader
 from lmprobe_tl.vllm.structure import ResidualPoint, Structure
 
 STALE_GRAPH = (
@@ -114,12 +115,10 @@ class StaticHooks:
 
 
 def _hook_output(layer: nn.Module, use: Any) -> None:
+    read = output_reader(layer)
+
     def after(module, args, output):  # type: ignore[no-untyped-def]
-        if not isinstance(output, tuple):
-            use(output)
-        else:  # what the block adds, and the stream that it is added to
-            added, stream = output
-            use(added if stream is None else added + stream)
+        use(read(output))
 
     layer.register_forward_hook(after)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from lmprobe_tl.errors import EngineError, InputError
 from lmprobe_tl.given_probes import as_probes
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.vllm import wire
+from lmprobe_tl.vllm.offline_engine import OfflineEngine
 from lmprobe_tl.vllm.probes import (
     check_agreement,
     check_fits_model,
@@ -32,7 +32,7 @@ from lmprobe_tl.weights import ProbeWeights
 _ROWS_AT_ONCE = 256
 
 
-class ProbedLLM:
+class ProbedLLM(OfflineEngine):
     """An engine that scores every token with the probes while it generates, in the compiled graph.
 
     model, vllm_args: as for `vllm.LLM`, which stays at hand as `.llm`. probes: files, weights or fitted probes. capacity:
@@ -67,36 +67,38 @@ class ProbedLLM:
         self._can_stop = on_last_stage and getattr(self._tokenizer, "eos_token_id", None) is not None
         self._plan = plan  # not before the workers have taken it: a refusal leaves the probes that are there
 
-    @property
-    def _config(self) -> Any:
-        return self.llm.llm_engine.vllm_config
-
     def replace_probes(self, probes: Any) -> None:
         """Score with other probes from now on, without compiling anew: at the same hook points, within the capacity.
 
-        The prefix cache is emptied, since it holds tokens that they have not scored.
+        The prefix cache is emptied, since it holds tokens that they have not scored. EngineError where requests are running,
+        whose tokens so far they have not scored either.
         """
+        self._check_open()
+        if self.llm.llm_engine.has_unfinished_requests():
+            raise EngineError("probes cannot be replaced while requests run; wait until they are over.")
         self._load(as_probes(probes))
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise EngineError("the prefix cache could not be emptied, so tokens that it serves have no scores; start anew.")
 
     def generate(self, prompts: Any, sampling_params: Any = None, *, stop: bool = False, **options: Any) -> list[Any]:
         """`LLM.generate`, whose outputs also have what the probes say: see `ProbeResult` for the attributes.
 
         Of a request with several completions (`n`), each of `output.outputs` has them, and the request those of its first.
         stop: end a request at its first alarm. The token that was sampled in that step gives way to the end-of-sequence
-        token, so none is generated after the alarm. InputError where the request ignores that token.
+        token, so none is generated after the alarm. InputError where an option of the request does not go with that.
         """
-        return self._run(self.llm.generate, prompts, sampling_params, stop, options)
+        return self._run("generate", prompts, sampling_params, stop, options)
 
     def chat(self, messages: Any, sampling_params: Any = None, *, stop: bool = False, **options: Any) -> list[Any]:
         """`LLM.chat`, with the same attributes."""
-        return self._run(self.llm.chat, messages, sampling_params, stop, options)
+        return self._run("chat", messages, sampling_params, stop, options)
 
-    def _run(self, call: Any, prompts: Any, sampling_params: Any, stop: bool, options: dict[str, Any]) -> list[Any]:
+    def _run(self, method: str, prompts: Any, sampling_params: Any, stop: bool, options: dict[str, Any]) -> list[Any]:
+        self._check_open()
         sampling = self.llm.get_default_sampling_params() if sampling_params is None else sampling_params
         listed = sampling if isinstance(sampling, Sequence) else [sampling]
         marked = [marked_sampling(one, stop, self._can_stop) for one in listed]
-        outputs = call(prompts, marked if isinstance(sampling, Sequence) else marked[0], **options)
+        outputs = self._call(method, prompts, marked if isinstance(sampling, Sequence) else marked[0], **options)
         every = marked if len(marked) == len(outputs) else marked * len(outputs)
         self._attach(outputs, every, stop)
         return outputs
@@ -109,11 +111,6 @@ class ProbedLLM:
     @property
     def model(self) -> str:
         return str(self._config.model_config.model)
-
-    @property
-    def dtype(self) -> str:
-        """In which the model computes: 'bfloat16', 'float32' or 'float16'."""
-        return str(self._config.model_config.dtype).removeprefix("torch.")
 
     @property
     def longest_prompt(self) -> int:
@@ -136,7 +133,8 @@ class ProbedLLM:
         with tqdm(total=len(rows), desc="scores", unit="prompt", disable=hidden, leave=False) as bar:
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 group = [list(row) for row in rows[start : start + _ROWS_AT_ONCE]]
-                outputs = self.llm.generate([{"prompt_token_ids": row} for row in group], params, use_tqdm=False)
+                prompts = [{"prompt_token_ids": row} for row in group]
+                outputs = self._call("generate", prompts, params, use_tqdm=False)
                 for index, (row, found) in enumerate(
                     zip(group, self._take(outputs, [params] * len(group)), strict=True), start
                 ):
@@ -168,22 +166,6 @@ class ProbedLLM:
         (answer,) = [found for found in answers if found is not None]
         return wire.decode(answer, wire.Taken).answers
 
-    def close(self) -> None:
-        """Shut the engine down and free its memory."""
-        from lmprobe_tl.vllm import _compat
-
-        if getattr(self, "llm", None) is not None:
-            _compat.shut_down(self.llm)
-            self.llm = None
-
-    def __enter__(self) -> ProbedLLM:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def marked_sampling(params: Any, stop: bool, can_stop: bool) -> Any:
     """A copy of vLLM's sampling parameters that tells the worker what to do with the request's scores."""
@@ -192,15 +174,27 @@ def marked_sampling(params: Any, stop: bool, can_stop: bool) -> Any:
             "stop=True needs an end-of-sequence token, and the probes on the last pipeline stage, which samples the tokens; "
             "use a tokenizer that has one, and probes of later layers or fewer stages."
         )
-    if stop and params.ignore_eos:
-        raise InputError("stop=True ends a request by its end-of-sequence token, but ignore_eos is set; leave it out.")
-    if stop and params.min_tokens:
-        raise InputError(
-            f"stop=True ends a request at once, but min_tokens={params.min_tokens} has vLLM go on; leave it out."
-        )
+    if stop:
+        _check_can_be_stopped(params)
     marked = copy.copy(params)
     marked.extra_args = {**(params.extra_args or {}), WANTS_SCORES: True, WANTS_STOP: stop}
     return marked
+
+
+def _check_can_be_stopped(params: Any) -> None:
+    """InputError for an option that does not go with another token than the sampled one, which ends the request."""
+    forbidden = {
+        "ignore_eos": "has vLLM go on",
+        "trace_decode_token_ids": "has vLLM go on",
+        "min_tokens": "has vLLM go on",
+        "structured_outputs": "forbids that token before the structure is complete",
+    }
+    for name, why in forbidden.items():
+        value = getattr(params, name, None)
+        if value is not None and value is not False and not (name == "min_tokens" and not value):
+            raise InputError(
+                f"stop=True ends a request at once by its end-of-sequence token, but {name}={value!r} {why}; leave it out."
+            )
 
 
 def attach_results(

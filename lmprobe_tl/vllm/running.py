@@ -53,14 +53,17 @@ class RunningScores:
         self._crossed[row] = False
         self._crossings.pop(row, None)
 
+    def withdraw(self, row: int) -> None:
+        """The request of this row begins anew, as if nothing had been told of it."""
+        self.n_crossed -= self._crossed[row]
+        self.begin(row)
+
     def crossings(self, row: int) -> list[Crossing]:
         return self._crossings.get(row, [])
 
-    def update(
-        self, rows: np.ndarray, readings: np.ndarray, positions: np.ndarray, is_bos: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Take in the next positions of some rows, all different. Returns the logits of these positions and the values of
-        the online reductions after each, [batch new n_columns] both.
+    def update(self, rows: np.ndarray, readings: np.ndarray, positions: np.ndarray, is_bos: np.ndarray) -> np.ndarray:
+        """Take in the next positions of some rows, all different. Returns the values of the online reductions after each,
+        [batch new n_columns].
 
         rows: [batch]; readings: [batch new n_readings], NaN where unknown, which does not count; positions, is_bos: [batch
         new].
@@ -73,9 +76,9 @@ class RunningScores:
         def update(online: OnlineReduction, group: ReductionGroup, z: Tensor) -> Tensor:
             return online.update_rows(which, z, known if group.reduction.counts_bos else past_bos)
 
-        values, logits = self._plan.advance(self._online, read, scores, update).numpy(), scores.numpy()
-        self._note_crossings(rows, logits, values, positions)
-        return logits, values
+        values = self._plan.advance(self._online, read, scores, update).numpy()
+        self._note_crossings(rows, scores.numpy(), values, positions)
+        return values
 
     def _note_crossings(self, rows: np.ndarray, logits: np.ndarray, values: np.ndarray, positions: np.ndarray) -> None:
         reached = values[..., self._lines] >= self._limits  # [batch new lines]; NaN reaches nothing

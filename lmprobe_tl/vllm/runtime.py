@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.vllm.pages import Pages
 from lmprobe_tl.vllm.running import Crossing, RunningScores
 from lmprobe_tl.vllm.slots import SlotCache
-from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
+from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, ReturningRequest, Step
 
 WANTS_SCORES, WANTS_STOP = "probe_scores", "probe_stop"  # keys of a request's extra_args, each true or false
 
@@ -68,11 +69,10 @@ class ScoreBook:
     _ends: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n = self.plan.n_columns
-        self._pages = Pages(2 * n)  # logits, then values of the online reductions
+        n = self.plan.n_readings
+        self._pages = Pages(n + self.plan.n_columns)  # readings, then values of the online reductions
         self._running = RunningScores(self.plan)
-        n_kept = self.plan.n_readings  # which a head may need all of
-        self._slots = None if self.layout is None else SlotCache(self.layout.n_blocks, self.layout.block_size, n_kept)
+        self._slots = None if self.layout is None else SlotCache(self.layout.n_blocks, self.layout.block_size, n)
         self._free_rows: list[int] = []
         self._n_rows = 0
 
@@ -81,16 +81,30 @@ class ScoreBook:
     def begin_step(self, step: Step) -> None:
         for request_id in step.finished:
             self._finish(request_id)
-        for source, target in step.copies if self._slots is not None else ():
-            self._slots.copy_block(source, target)  # type: ignore[union-attr]
+        self._take_new_blocks(step)
         for new in step.new:
-            self._take_blocks(self._requests.get(new.request_id) or self._open(new), new.blocks, new.n_cached)
-        for request_id, blocks, n_cached in step.resumed:
-            if request_id in self._requests:
-                self._take_blocks(self._requests[request_id], blocks, n_cached)
-        for request_id, blocks in step.grown if self.layout is not None else ():
-            if request_id in self._requests:
-                self._slots.add_blocks(self._requests[request_id].row, blocks[self.layout.group])  # type: ignore
+            request = self._requests.get(new.request_id) or self._open(new)
+            self._begin_anew(request, new.blocks, new.n_cached, new.n_tokens)
+        for one in step.resumed:
+            if one.request_id in self._requests:
+                self._begin_anew(self._requests[one.request_id], one.blocks, one.n_cached, one.n_tokens)
+        if self._slots is not None and self.layout is not None:
+            for request_id, blocks in step.grown:
+                if request_id in self._requests:
+                    self._slots.add_blocks(self._requests[request_id].row, blocks[self.layout.group])
+
+    def _take_new_blocks(self, step: Step) -> None:
+        """What a block held before it was given away is nobody's score: not even where its new owner is not kept here."""
+        if self._slots is None or self.layout is None:
+            return
+        for source, target in step.copies:
+            self._slots.copy_block(source, target)
+        given = [block for _, blocks in step.grown for block in blocks[self.layout.group]]
+        owners: list[NewRequest | ReturningRequest] = [*step.new, *step.resumed]
+        for one in owners:
+            given += one.blocks[self.layout.group][-(-one.n_cached // self.layout.block_size) :]
+        if given:
+            self._slots.forget(given)
 
     def end_step(self, step: Step, order: Sequence[str], readings: np.ndarray) -> list[OpenRequest]:
         """readings: [n_tokens n_readings] of the step's tokens, request after request as in `order`. Returns the requests
@@ -146,8 +160,8 @@ class ScoreBook:
         is_bos = np.zeros((len(rows), 1), dtype=bool)
         if not positions.all():
             is_bos[:, 0] = [at == 0 and request.has_bos for at, request in zip(positions, requests, strict=True)]
-        logits, values = self._running.update(rows, readings[:, None], positions[:, None], is_bos)
-        self._pages.write(rows, positions, np.concatenate([logits[:, 0], values[:, 0]], axis=1))
+        values = self._running.update(rows, readings[:, None], positions[:, None], is_bos)
+        self._pages.write(rows, positions, np.concatenate([readings, values[:, 0]], axis=1))
         self._count(readings)
 
     def _score_one(self, request: OpenRequest, start: int, readings: np.ndarray) -> None:
@@ -164,14 +178,14 @@ class ScoreBook:
         positions = np.arange(start, start + len(readings))
         is_bos = (positions == 0) & request.has_bos
         rows = np.array([request.row])
-        logits, values = self._running.update(rows, readings[None], positions[None], is_bos[None])
-        self._pages.write(np.full(len(readings), request.row), positions, np.concatenate([logits[0], values[0]], axis=1))
+        values = self._running.update(rows, readings[None], positions[None], is_bos[None])[0]
+        self._pages.write(np.full(len(readings), request.row), positions, np.concatenate([readings, values], axis=1))
         self._count(readings)
 
-    def _count(self, readings: np.ndarray) -> None:
+    def _count(self, readings: np.ndarray, sign: int = 1) -> None:
         unknown = int((~np.isfinite(readings).all(axis=1)).sum())
-        self.n_unknown += unknown
-        self.n_scored += len(readings) - unknown
+        self.n_unknown += sign * unknown
+        self.n_scored += sign * (len(readings) - unknown)
 
     # --- requests ---
 
@@ -185,10 +199,26 @@ class ScoreBook:
         self._requests[new.request_id] = request
         return request
 
-    def _take_blocks(self, request: OpenRequest, blocks: Sequence[Sequence[int]], n_cached: int) -> None:
+    def _begin_anew(
+        self, request: OpenRequest, blocks: Sequence[Sequence[int]], n_cached: int, n_tokens: int | None
+    ) -> None:
         request.cached = n_cached
         if self._slots is not None and self.layout is not None:
             self._slots.set_blocks(request.row, blocks[self.layout.group])
+        if n_tokens is not None and n_tokens < request.done:
+            self._withdraw(request, n_tokens)
+
+    def _withdraw(self, request: OpenRequest, n_tokens: int) -> None:
+        """Keep the scores of the first n_tokens alone: the engine has dropped the others, and will sample them anew."""
+        readings = self._pages.read(request.row, 0, request.done)[:, : self.plan.n_readings]
+        self._count(readings, -1)
+        self._running.withdraw(request.row)
+        self._ends.pop(request.request_id, None)
+        request.done = 0
+        self._score_one(request, 0, readings[:n_tokens])
+        request.done = request.seen = n_tokens
+        request.sent = min(request.sent, n_tokens)
+        request.told = min(request.told, len(self._running.crossings(request.row)))
 
     def _finish(self, request_id: str) -> None:
         request = self._requests.get(request_id)
@@ -237,17 +267,19 @@ class ScoreBook:
         counts = np.fromiter((request.seen for request in requests), dtype=np.int64, count=len(requests)) - sent
         rows = np.repeat(np.array([request.row for request in requests], dtype=np.int64), counts)
         positions = np.repeat(sent - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-        found = self._pages.gather(rows, positions)
-        return found[:, : self.plan.n_columns], found[:, self.plan.n_columns :]
+        return self._logits_and_values(self._pages.gather(rows, positions))
+
+    def _logits_and_values(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of pages [n n_readings+n_columns], [n n_columns] each."""
+        n = self.plan.n_readings
+        return self.plan.token_logits(torch.from_numpy(kept[:, :n])).numpy(), kept[:, n:]
 
     def crossings_of(self, request: OpenRequest) -> Sequence[Crossing]:
         return self._running.crossings(request.row)
 
     def scores_of(self, request: OpenRequest, start: int = 0) -> RequestScores:
-        found = self._pages.read(request.row, start, request.seen)
-        n = self.plan.n_columns
-        crossings = tuple(self._running.crossings(request.row))
-        return RequestScores(request.request_id, start, found[:, :n], found[:, n:], crossings)
+        found = self._logits_and_values(self._pages.read(request.row, start, request.seen))
+        return RequestScores(request.request_id, start, *found, tuple(self._running.crossings(request.row)))
 
     def take(self, request_id: str) -> RequestScores | None:
         """The scores of a request that is over for the client; they are forgotten here."""

@@ -31,6 +31,10 @@ class SlotCache:
         self._blocks[row, before : before + len(blocks)] = blocks
         self._n_blocks[row] = before + len(blocks)
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """The engine has given these blocks away, and what they held is written over."""
+        self._known.reshape(-1, self.block_size)[list(blocks)] = False
+
     def copy_block(self, source: int, target: int) -> None:
         """The engine has copied the keys and values of a block."""
         start, stop = (block * self.block_size for block in (source, target))

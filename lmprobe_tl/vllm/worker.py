@@ -14,6 +14,7 @@ from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.probe_file import probe_from_bytes
 from lmprobe_tl.vllm import _compat, wire
+from lmprobe_tl.vllm._compat.blocks import decoder_blocks
 from lmprobe_tl.vllm.activations import WorkerActivations
 from lmprobe_tl.vllm.hooks import StaticHooks
 from lmprobe_tl.vllm.publisher import ScorePublisher
@@ -86,7 +87,7 @@ class ProbeWorker(_compat.worker_base()):  # type: ignore[misc]
         self._probes.publish(payload)
 
     def lmprobe_state(self) -> bytes:
-        """Counts and sizes, and the sum of the first scores, which all ranks must agree on."""
+        """Counts and sizes, and some of the first scores, on which all tensor ranks must agree."""
         return self._probes.state()
 
     def lmprobe_collect(self, payload: bytes) -> None:
@@ -105,9 +106,8 @@ class WorkerProbes:
         self.structure = Structure.from_config(config.additional_config)
         self.layout: CacheLayout | None = None
         self._sizes, self._runner = _compat.sizes_of(config), runner
-        self._hooks = StaticHooks(
-            _compat.decoder_layers(runner.get_model(), self._sizes.n_layers), self.structure, self._sizes, device
-        )
+        blocks = decoder_blocks(runner.get_model(), self._sizes.n_layers, self._sizes.dtype)
+        self._hooks = StaticHooks(blocks, self.structure, self._sizes, device)
         self._ranks = _compat.ranks()
         self._device = device
         self._book: ScoreBook | None = None
@@ -139,7 +139,7 @@ class WorkerProbes:
                 "the probes read hook points on several pipeline stages; use probes that read those of one stage alone."
             )
         with self._lock:
-            self._drain(wait=True)
+            self._drain(wait_for=self._n_steps)
             self._plan, self._first_scores = None, None
             if here:
                 self._hooks.set_weights(plan)
@@ -165,12 +165,15 @@ class WorkerProbes:
         with self._lock:
             self._n_steps += 1
             self._waiting.append((self._n_steps, step, scored))
-            self._drain(wait=False)
+            self._drain(wait_for=0)
 
-    def _drain(self, *, wait: bool) -> None:
-        """Work on the steps whose scores have arrived, in order; or on all."""
-        while self._waiting and (wait or self._waiting[0][2] is None or self._waiting[0][2].has_arrived()):
-            number, step, scored = self._waiting.popleft()
+    def _drain(self, *, wait_for: int) -> None:
+        """Work on the steps whose scores have arrived, in order; wait for those up to number `wait_for`."""
+        while self._waiting:
+            number, step, scored = self._waiting[0]
+            if number > wait_for and scored is not None and not scored.has_arrived():
+                return
+            self._waiting.popleft()
             if self._book is not None:
                 if self._publisher is not None and step.finished:
                     self._publisher.publish(self._book, step.finished, finished=True)
@@ -202,7 +205,8 @@ class WorkerProbes:
 
     def _ended(self, output: Any, number: int) -> Any:
         with self._lock:
-            self._drain(wait=True)
+            # not for a later step, whose forward pass may have only begun
+            self._drain(wait_for=number)
             ends = {name: token for name, (since, token) in self._ends.items() if since <= number}
         return _compat.end_requests(output, ends) if ends else output
 
@@ -212,7 +216,7 @@ class WorkerProbes:
         if self._book is None:
             return None
         with self._lock:
-            self._drain(wait=True)
+            self._drain(wait_for=self._n_steps)
             held: dict[tuple[str, bool], dict[int, str]] = {}  # internal ids by the client's name; looked through once
             for request_id in self._book.request_ids:
                 for name, index, of_several in _compat.client_names(request_id):
@@ -229,7 +233,7 @@ class WorkerProbes:
             return
         address = wire.decode(payload, wire.Publish).address
         with self._lock:
-            self._drain(wait=True)
+            self._drain(wait_for=self._n_steps)
             old, self._publisher = self._publisher, None
             if old is not None:
                 old.close()
@@ -239,7 +243,7 @@ class WorkerProbes:
 
     def state(self) -> bytes:
         with self._lock:
-            self._drain(wait=True)
+            self._drain(wait_for=self._n_steps)
             book = self._book
             held = (0, 0, 0) if book is None else book.n_held
             counts = (0, 0, 0) if book is None else (book.n_scored, book.n_unknown, book.n_alarms)

@@ -1,4 +1,6 @@
-"""A process of its own with an engine in it: `engine_process.py MODEL FOLDER OPTIONS`, which prints what it found as JSON.
+"""A process of its own with an engine in it: `engine_process.py KIND MODEL FOLDER OPTIONS`, which prints what it found.
+
+KIND: 'scores' or 'activations'.
 
 For settings that cannot be had in the process of the tests: workers in processes, and the second model runner.
 """
@@ -16,7 +18,7 @@ TEXTS = [f"def function_{at}(a, b):\n    return" + " a +" * (3 * at) + " b" for 
 SHARED = "def shared_prefix(first, second, third):\n    total = first + second * third\n" * 2
 
 
-def main(name: str, folder: str, options: str) -> None:
+def scores(name: str, folder: str, options: str) -> None:
     from vllm import SamplingParams
 
     from lmprobe_tl.vllm import ProbedLLM, wire
@@ -61,5 +63,27 @@ def main(name: str, folder: str, options: str) -> None:
     )
 
 
+def activations(name: str, folder: str, options: str) -> None:
+    from lmprobe_tl.vllm import ActivationEngine
+
+    reference = Reference(name, Path(folder))
+    points = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
+    rows = [reference.encode(SHARED * (at % 2) + text, bos=bool(at % 3)) for at, text in enumerate(TEXTS)]
+    asked = {"include_bos": True, "bos_token_id": 0, "eos_ids": [1], "progress": False}
+    found_rows = []
+    with ActivationEngine(folder, points, **json.loads(options)) as engine:
+        for _ in range(2):
+            for indices, found in engine.pooled(rows, points[::-1], ["all", "mean"], **asked):
+                streams = [reference.streams(rows[index]) for index in indices]
+                for point, at in zip(points, (0, 2, 4), strict=True):
+                    expected = [one[at] for one in streams]
+                    every, means = found[point]
+                    torch.testing.assert_close(every, torch.cat(expected), rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(means, torch.stack([one.mean(0) for one in expected]), rtol=1e-4, atol=1e-4)
+                found_rows += indices
+        runner = engine.llm.llm_engine.vllm_config.use_v2_model_runner
+    print(json.dumps({"rows": found_rows, "second_runner": bool(runner)}))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"scores": scores, "activations": activations}[sys.argv[1]](*sys.argv[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -75,6 +76,8 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, is_supported: b
         ),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "a KV connector"),
         ({"data_parallel_size": 2}, "data parallelism in one engine"),
+        ({"kv_sharing_fast_prefill": True}, "a prefill that keeps tokens from late layers"),
+        ({"enable_prompt_embeds": True}, "prompts as embeddings"),
         ({"runner": "pooling"}, "the runner 'pooling'"),
     ],
 )
@@ -86,6 +89,51 @@ def test_settings_under_which_scores_would_be_wrong(llama: Reference, options: d
     _compat.refuse_unsupported(EngineArgs(str(llama.folder), **SMALL).create_engine_config())
     with pytest.raises(EngineError, match=f"probes do not run in an engine with {named}"):
         _compat.refuse_unsupported(EngineArgs(str(llama.folder), **(SMALL | options)).create_engine_config())
+
+
+@pytest.mark.parametrize(
+    "module, name, leaves",
+    [
+        ("llama", "LlamaDecoderLayer", True),
+        ("gemma2", "Gemma2DecoderLayer", True),
+        ("gpt_oss", "TransformerBlock", True),
+        ("gpt2", "GPT2Block", False),
+        ("stablelm", "StablelmDecoderLayer", False),
+        ("commandr", "CohereDecoderLayer", False),
+        ("exaone4", "Exaone4DecoderLayer", False),
+        ("phimoe", "PhiMoEDecoderLayer", False),
+        ("granitemoehybrid", "GraniteMoeHybridAttentionDecoderLayer", False),
+    ],
+)
+def test_blocks_that_leave_their_sum_to_the_next(module: str, name: str, leaves: bool) -> None:
+    from lmprobe_tl.vllm._compat.blocks import leaves_its_sum_to_the_next
+
+    block = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    assert leaves_its_sum_to_the_next(block) is leaves
+
+
+def test_blocks_whose_stream_is_not_that_of_the_model() -> None:
+    from lmprobe_tl.vllm._compat.blocks import decoder_blocks
+
+    class Block(torch.nn.Module):
+        routed_scaling_factor = 2.5
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Block(), Block()])
+
+    assert list(decoder_blocks(Model(), 2, torch.bfloat16)) == [0, 1]
+    with pytest.raises(EngineError, match="Model scales its residual stream in float16"):
+        decoder_blocks(Model(), 2, torch.float16)
+    with pytest.raises(EngineError, match="the 3 decoder blocks of Model cannot be told"):
+        decoder_blocks(Model(), 3, torch.bfloat16)
+    Model.__module__ = "vllm.model_executor.models.transformers.causal"
+    with pytest.raises(EngineError, match="or are not vLLM's own"):
+        decoder_blocks(Model(), 2, torch.bfloat16)
 
 
 def test_an_engine_that_was_not_started_for_probes(llama: Reference) -> None:

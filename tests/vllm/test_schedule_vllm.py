@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import start
@@ -112,6 +116,34 @@ def test_an_aborted_request_leaves_nothing_open(llama: Reference) -> None:
         state = state_of(engine)
         # Requests whose client did not ask for scores leave none.
         assert (state.n_open, state.n_finished, state.n_pages) == (0, 0, 0)
+
+
+def test_an_output_does_not_wait_for_the_step_after_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With asynchronous scheduling the next forward pass has begun when the tokens of the last one arrive.
+    from lmprobe_tl.vllm.worker import WorkerProbes
+
+    class OnItsWay:
+        def __init__(self) -> None:
+            self.is_waited_for = False
+
+        def has_arrived(self) -> bool:
+            return False
+
+        def arrived(self) -> tuple[np.ndarray, np.ndarray]:
+            self.is_waited_for = True
+            return np.zeros((1, 1), dtype=np.float32), np.ones(1, dtype=np.int64)
+
+    worker = WorkerProbes.__new__(WorkerProbes)
+    fields = {"_lock": threading.Lock(), "_book": None, "_hooks": SimpleNamespace(by_name=["hook"]), "_ends": {}}
+    fields |= {"_fired": np.zeros(1, dtype=np.int64), "_first_scores": None, "_n_steps": 3}
+    steps = [OnItsWay() for _ in range(3)]
+    fields["_waiting"] = deque((number, None, one) for number, one in enumerate(steps, start=1))
+    for name, value in fields.items():
+        monkeypatch.setattr(worker, name, value, raising=False)
+    assert worker._ended("output", 2) == "output"
+    assert [one.is_waited_for for one in steps] == [True, True, False]
+    worker.state()
+    assert steps[2].is_waited_for
 
 
 def test_memory_is_flat(llama: Reference) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import start
-from reference import Reference, limit_between, make_probe
+from reference import Reference, assert_outputs, assert_same, limit_between, make_probe
 
-from lmprobe_tl.errors import InputError
+from lmprobe_tl.errors import EngineError, InputError
 
 MOST = 20
 
@@ -86,13 +86,99 @@ def test_of_several_completions_each_ends_at_its_own_alarm(demo: Reference) -> N
     assert len(counts) > 3 and {stopped for stopped, _ in counts} == {True, False}
 
 
-def test_a_request_that_ignores_its_end_cannot_be_stopped(llama: Reference) -> None:
+def test_an_alarm_or_a_stop_string_whichever_is_first(demo: Reference) -> None:
+    from vllm import SamplingParams
+
+    probe = make_probe(demo, "p", "blocks.3.hook_resid_post", seed=11, inference="score:ema_max(0.3)")
+    rows = [demo.encode(f"def function_{at}(a, b):\n    return a" + " + b" * at, bos=True) for at in range(24)]
+    texts = [demo.greedy(row, MOST) for row in rows]
+    eos, stop = demo.tokenizer.eos_token_id, "):"
+    strings = []  # index of the token that completes the string
+    for text in texts:
+        decoded = [demo.tokenizer.decode(text[: n + 1], skip_special_tokens=True) for n in range(len(text))]
+        strings.append(next((n for n, one in enumerate(decoded) if stop in one), MOST))
+    running = [demo.running([*row, *text], probe) for row, text in zip(rows, texts, strict=True)]
+
+    def alarm_at(row: list[int], values: torch.Tensor, limit: float) -> int:
+        """Index of the generated token that gives way to the end."""
+        reached = (values[:-1] >= limit).nonzero().flatten().tolist()
+        return max(0, reached[0] + 1 - len(row)) if reached else MOST
+
+    def is_good(limit: float) -> bool:
+        alarms = [alarm_at(row, values, limit) for row, values in zip(rows, running, strict=True)]
+        pairs = list(zip(alarms, strings, strict=True))
+        return (
+            sum(a <= b < MOST for a, b in pairs) > 1
+            and sum(b < a for a, b in pairs) > 1
+            and sum(a < MOST for a in alarms) > 4
+        )
+
+    limit = limit_between(torch.cat(running), is_good)
+    with start(demo, [probe.with_threshold(limit, "logit")], enforce_eager=True) as engine:
+        sampling = SamplingParams(max_tokens=MOST, temperature=0, stop=[stop], prompt_logprobs=1)
+        prompts = [{"prompt_token_ids": row} for row in rows]
+        outputs = engine.generate(prompts, sampling, use_tqdm=False, stop=True)
+    for output, row, text, values, at_string in zip(outputs, rows, texts, running, strings, strict=True):
+        (completion,) = output.outputs
+        at_alarm = alarm_at(row, values, limit)
+        expected = [*text[:at_alarm], eos] if at_alarm <= min(at_string, len(text) - 1) else text[: at_string + 1]
+        assert list(completion.token_ids) == expected
+        assert output.stopped_by == ("p" if at_alarm <= min(at_string, len(text) - 1) else None)
+        assert (completion.stop_reason == stop) == (at_string < min(at_alarm, len(text)))
+        ids = [*row, *expected][:-1]
+        assert_same(output.probe_scores["p"], demo.logits(ids, probe), "scores")
+        assert all(alarm.position < len(ids) for alarm in output.alarms)
+
+
+def test_options_that_do_not_go_with_a_stop_are_refused(llama: Reference) -> None:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from lmprobe_tl.vllm.offline import marked_sampling
+
+    for name, value in (
+        ("ignore_eos", True),
+        ("min_tokens", 2),
+        ("structured_outputs", StructuredOutputsParams(regex="a+")),
+    ):
+        params = SamplingParams(max_tokens=4, **{name: value})
+        with pytest.raises(InputError, match=f"stop=True ends a request at once .* but {name}="):
+            marked_sampling(params, True, True)
+        assert marked_sampling(params, False, True).extra_args == {"probe_scores": True, "probe_stop": False}
+    assert marked_sampling(SamplingParams(prompt_logprobs=1), True, True).extra_args["probe_stop"] is True
+
+
+def test_an_interrupted_call_leaves_nothing_to_the_next(llama: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm import SamplingParams
 
     probe = make_probe(llama, "p", "blocks.2.hook_resid_post", seed=1)
+    rows = [{"prompt_token_ids": llama.encode(f"def f_{at}(", bos=True)} for at in range(12)]
+    endless = SamplingParams(max_tokens=6, ignore_eos=True)
     with start(llama, [probe], enforce_eager=True) as engine:
-        endless = SamplingParams(max_tokens=4, ignore_eos=True)
-        with pytest.raises(InputError, match="stop=True ends a request by its end-of-sequence token, but ignore_eos is set"):
-            engine.generate([{"prompt_token_ids": [5, 6]}], endless, stop=True, use_tqdm=False)
-        (output,) = engine.generate([{"prompt_token_ids": [5, 6]}], endless, use_tqdm=False)
-        assert len(output.outputs[0].token_ids) == 4
+        with pytest.raises(InputError, match="but ignore_eos=True has vLLM go on"):
+            engine.generate(rows, endless, stop=True, use_tqdm=False)
+        inner = engine.llm.llm_engine
+        steps, step = iter(range(3)), inner.step
+
+        def interrupted() -> Any:
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return step()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(inner, "step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(rows, endless, use_tqdm=False)
+        outputs = engine.generate(rows[:2], endless, use_tqdm=False)
+        assert [list(output.prompt_token_ids) for output in outputs] == [row["prompt_token_ids"] for row in rows[:2]]
+        assert_outputs(llama, outputs, [probe])
+        # a request that somebody else has running
+        inner.add_request("7", rows[0], endless)
+        with pytest.raises(EngineError, match="probes cannot be replaced while requests run"):
+            engine.replace_probes([probe])
+        while inner.has_unfinished_requests():
+            inner.step()
+        engine.replace_probes([probe])
+        assert_outputs(llama, engine.generate(rows[:2], endless, use_tqdm=False), [probe])
+    with pytest.raises(EngineError, match="this engine is closed"):
+        engine.generate(rows, endless)

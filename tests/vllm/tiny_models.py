@@ -1,4 +1,4 @@
-"""Tiny random models of three architectures with the embedded model's tokenizer, and the embedded model itself."""
+"""Tiny random models of four architectures with the embedded model's tokenizer, and the embedded model itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmprobe_tl.demo import MODEL_FOLDER
 
 D_MODEL, N_LAYERS, CONTEXT, VOCABULARY = 128, 4, 256, 2048
 BOS, EOS = 0, 1
-RANDOM = ("llama", "qwen3", "gpt2")
+RANDOM = ("llama", "qwen3", "gpt2", "stablelm")
 NAMES = ("demo", *RANDOM)
 
 
@@ -42,6 +42,8 @@ def _build(name: str) -> Any:
         LlamaForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
+        StableLmConfig,
+        StableLmForCausalLM,
     )
 
     shared = {"vocab_size": VOCABULARY, "bos_token_id": BOS, "eos_token_id": EOS, "initializer_range": 0.1}
@@ -59,4 +61,7 @@ def _build(name: str) -> Any:
         return GPT2LMHeadModel(config)
     if name == "llama":
         return LlamaForCausalLM(LlamaConfig(**wide, **shared))
+    if name == "stablelm":  # whose blocks, in vLLM, return the whole stream and beside it what is left of it
+        del wide["head_dim"]
+        return StableLmForCausalLM(StableLmConfig(**wide, **shared))
     return Qwen3ForCausalLM(Qwen3Config(**wide, **shared))

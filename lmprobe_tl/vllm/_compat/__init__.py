@@ -1,13 +1,12 @@
-"""All that this package knows of vLLM's insides. When vLLM changes, this is the file to repair.
+"""All that this package knows of vLLM's insides. When vLLM changes, this is the folder to repair.
 
-Validated with the versions from OLDEST to below NEXT. What is read: the worker classes, the modules of decoder models, the
-scheduler's output, the order of requests in a batch of either model runner, the groups of the KV cache, the sampled tokens
-of a step, and how request ids are extended.
+Validated with the versions from OLDEST to below NEXT. What is read: the worker classes, the scheduler's output,
+the order of requests in a batch of either model runner, the groups of the KV cache, the sampled tokens of a step, how
+request ids are extended; and in `blocks`, the modules of decoder models.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from lmprobe_tl.errors import EngineError
-from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
+from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, ReturningRequest, Step
 
 try:
     import vllm
@@ -62,7 +60,7 @@ def refuse_unsupported(config: Any) -> None:
     """EngineError naming a setting of the engine under which scores would be missing or wrong."""
     from vllm import envs
 
-    parallel = config.parallel_config
+    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
     refused = {
         "speculative decoding (speculative_config)": config.speculative_config is not None,
         "a KV connector (kv_transfer_config), which fills the cache without a forward pass": config.kv_transfer_config
@@ -73,7 +71,9 @@ def refuse_unsupported(config: Any) -> None:
         "request ids that are not made unique (VLLM_DISABLE_REQUEST_ID_RANDOMIZATION)": bool(
             envs.VLLM_DISABLE_REQUEST_ID_RANDOMIZATION
         ),
-        f"the runner {config.model_config.runner_type!r}": config.model_config.runner_type != "generate",
+        "prompts as embeddings, whose length no output tells (enable_prompt_embeds)": model.enable_prompt_embeds,
+        "a prefill that keeps tokens from late layers (kv_sharing_fast_prefill)": cache.kv_sharing_fast_prefill,
+        f"the runner {model.runner_type!r}": model.runner_type != "generate",
     }
     for what, is_set in refused.items():
         if is_set:
@@ -103,41 +103,6 @@ def sizes_of(config: Any) -> Sizes:
     )
 
 
-# --- the model ---------------------------------------------------------------------------------------------------------
-
-
-def decoder_layers(model: nn.Module, n_layers: int) -> dict[int, nn.Module]:
-    """The decoder's blocks by index, of this pipeline stage alone. EngineError where they cannot be told."""
-    from vllm.model_executor.models.utils import PPMissingLayer
-
-    find: Any = getattr(model, "get_language_model", None)
-    text = model if find is None else find()
-    lists = [module for module in text.modules() if isinstance(module, nn.ModuleList) and len(module) == n_layers]
-    blocks = [found for found in lists if any(_is_block(layer) for layer in found)]
-    if len(blocks) != 1:
-        raise EngineError(
-            f"the {n_layers} decoder blocks of {type(model).__name__} cannot be told from its other modules ({len(blocks)} "
-            "lists of modules could be them), so no probe can be installed. Supported are standard decoder stacks: Llama, "
-            "Qwen, Mistral, Gemma, GPT-2 and their kin."
-        )
-    return {index: layer for index, layer in enumerate(blocks[0]) if not isinstance(layer, PPMissingLayer)}
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether the module computes on hidden states, as a block does and a list of norms does not."""
-    return "hidden_states" in inspect.signature(module.forward).parameters
-
-
-def input_reader(layer: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
-    """Finds the residual stream among a block's arguments, for the first block, which nothing has been added to."""
-    place = list(inspect.signature(layer.forward).parameters).index("hidden_states")
-
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return kwargs["hidden_states"] if "hidden_states" in kwargs else args[place]
-
-    return read
-
-
 # --- a step ------------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +112,9 @@ def step_of(output: Any) -> Step:
     resumed, grown = [], []
     for request_id, blocks, computed in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
         if request_id in cached.resumed_req_ids:
-            resumed.append((request_id, blocks, computed))
+            tokens = cached.all_token_ids.get(request_id)
+            n_tokens = None if tokens is None else len(tokens)
+            resumed.append(ReturningRequest(request_id, blocks, computed, n_tokens))
         elif blocks is not None:
             grown.append((request_id, blocks))
     new = [_new_request(data) for data in output.scheduled_new_reqs]
@@ -174,6 +141,7 @@ def _new_request(data: Any) -> NewRequest:
         data.block_ids,
         getattr(params, "extra_args", None) or {},
         getattr(params, "eos_token_id", None),
+        None if data.prefill_token_ids is None else len(data.prefill_token_ids),
     )
 
 
@@ -322,6 +290,12 @@ def weight_files(config: Any) -> list[Path]:
         if found:
             return found
     raise EngineError(f"{str(folder)!r} has no weights ({', '.join(_WEIGHTS)}), so which they are cannot be recorded.")
+
+
+def abort_all(llm: Any) -> None:
+    """End all requests of an offline engine, whose outputs nobody waits for."""
+    engine = llm.llm_engine
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
 
 def shut_down(llm: Any) -> None:
