@@ -52,6 +52,21 @@ def _freeze_for_good(freeze: Callable[[], None] = gc.freeze) -> None:
 gc.freeze = _freeze_for_good
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _look_at_architectures_here() -> None:
+    """vLLM starts a process for each one that a machine has not seen, lest CUDA be initialised, which is not here."""
+    from vllm.model_executor.models import registry
+
+    assert callable(registry._run_in_subprocess)
+    registry._run_in_subprocess = lambda look: look()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In each module the tests that start an engine of their own come last: the one that the others share stays."""
+    order = {module: at for at, module in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (order[item.path], "alone" in getattr(item, "fixturenames", ())))
+
+
 @pytest.fixture(scope="session")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
     folders = tiny_models.save_models(tmp_path_factory.mktemp("models"))

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from conftest import SMALL
 from reference import Reference
 
@@ -44,10 +43,3 @@ def test_the_second_model_runner(llama: Reference) -> None:
     assert found["second_runner"] is True
     assert found["held"] == [[0, 0, 0]]
     assert found["cached"] > 0 and found["preempted"] > 0 and found["stopped"] > 0
-
-
-def test_a_refused_engine_names_the_setting(llama: Reference) -> None:
-    # In a process of its own: after an engine that guesses tokens, vLLM starts no other in the same process.
-    guess = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    with pytest.raises(AssertionError, match=r"EngineError: probes do not run in an engine with speculative decoding"):
-        checked(llama, {"speculative_config": guess, "enforce_eager": True})
