@@ -49,7 +49,11 @@ def _freeze_for_good(freeze: Callable[[], None] = gc.freeze) -> None:
     freeze()
 
 
-gc.freeze = _freeze_for_good
+_thaw, gc.freeze = gc.unfreeze, _freeze_for_good
+
+
+def pytest_unconfigure() -> None:
+    _thaw()  # or libraries report at exit that objects of theirs were never freed
 
 
 @pytest.fixture(scope="session", autouse=True)
