@@ -67,9 +67,9 @@ endef
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-.venv/installed-dev: .venv/installed
+.venv/installed-dev: .venv/created pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	@touch $@
+	@touch .venv/installed $@
 
 clean:
 	rm -rf .venv .venv-tl3 .venv-vllm build lmprobe-demo

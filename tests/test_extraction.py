@@ -942,19 +942,19 @@ def test_a_budget_that_cannot_be_is_refused(gpt2: Tiny, max_tokens: Any) -> None
         extract_activations(gpt2.bridge, TEXTS, 0, max_tokens_per_batch=max_tokens, progress=False)
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
+def test_without_vllm_its_engine_is_an_error_that_says_so() -> None:
+    calls = (
         "lmprobe_tl.extract_activations('somewhere', ['x'], engine='vllm')",
         "lmprobe_tl.extract_to_store('somewhere', ['x'], 'a-store-that-is-not-there', engine='vllm')",
         "lmprobe_tl.calibrate_probe('somewhere', probe, ['x'] * 99, 0.05, engine='vllm')",
-    ],
-)
-def test_without_vllm_its_engine_is_an_error_that_says_so(call: str) -> None:
+    )
     code = (
         "import sys, numpy, lmprobe_tl; from lmprobe_tl.errors import EngineError\n"
         "probe = lmprobe_tl.ProbeWeights.from_direction(numpy.ones(4), name='p', hook_points='blocks.0.hook_resid_post')\n"
-        f"sys.modules['vllm'] = None\ntry:\n    {call}\nexcept EngineError as error:\n    print(error)"
-    )
+        "sys.modules['vllm'] = None\n"
+    ) + "".join(f"try:\n    {call}\nexcept EngineError as error:\n    print(error)\n" for call in calls)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "vLLM cannot be imported" in done.stdout and "pip install 'lmprobe-tl[vllm]'" in done.stdout, done.stderr[-800:]
+    errors = done.stdout.splitlines()
+    assert len(errors) == len(calls), done.stderr[-800:]
+    for error in errors:
+        assert "vLLM cannot be imported" in error and "pip install 'lmprobe-tl[vllm]'" in error

@@ -21,7 +21,14 @@ D_MODEL = 192
 COMMAND = [sys.executable, "-c", "from lmprobe_tl.cli import main; main()"]
 PATIENCE = 600  # seconds for a server on a busy machine
 CHAT_TEMPLATE = "{% for message in messages %}# {{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-ENGINE = {"max_model_len": 256, "block_size": 32, "max_num_seqs": 16, "dtype": "float32", "enforce_eager": True}
+ENGINE = {
+    "max_model_len": 256,
+    "block_size": 32,
+    "num_gpu_blocks_override": 256,
+    "max_num_seqs": 16,
+    "dtype": "float32",
+    "enforce_eager": True,
+}
 
 
 def make_probes() -> list[ProbeWeights]:

@@ -19,7 +19,14 @@ from lmprobe_tl.demo import MODEL_FOLDER, load_demo_model
 from lmprobe_tl.errors import EngineError, IncompatibleProbeError, InputError, PromptTooLongError
 from lmprobe_tl.vllm import ProbedLLM
 
-SMALL: dict[str, Any] = {"max_model_len": 128, "max_num_batched_tokens": 64, "max_num_seqs": 8, "block_size": 32, "seed": 0}
+SMALL: dict[str, Any] = {
+    "max_model_len": 128,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 8,
+    "block_size": 32,
+    "num_gpu_blocks_override": 256,
+    "seed": 0,
+}
 
 
 def texts_of(n: int, seed: int) -> list[str]:

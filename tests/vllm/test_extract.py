@@ -23,7 +23,14 @@ from lmprobe_tl.vllm.activations import ROW, ActivationBook, OpenPrompt
 from lmprobe_tl.vllm.steps import NewRequest, Step
 from lmprobe_tl.vllm.wire import Collect
 
-SMALL: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 64, "max_num_seqs": 4, "block_size": 32, "seed": 0}
+SMALL: dict[str, Any] = {
+    "dtype": "float32",
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 4,
+    "block_size": 32,
+    "num_gpu_blocks_override": 256,
+    "seed": 0,
+}
 POOLINGS = ["last_token", "first_token", "mean", "max", "min", "all"]
 TEMPLATE = "{% for message in messages %}{{ bos_token }}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 CONTEXT = 512
@@ -239,7 +246,7 @@ def test_prompts_that_are_pushed_out_of_the_cache_begin_anew(
     monkeypatch.setattr(ActivationBook, "_add_chunk", watched)
     # Four prompts advance side by side, and their 1,100 tokens do not fit in 20 blocks of 32.
     crowded = {"num_gpu_blocks_override": 20, "long_prefill_token_threshold": 16}
-    with ActivationEngine(MODEL_FOLDER, 3, enforce_eager=True, **crowded, **SMALL) as started:
+    with ActivationEngine(MODEL_FOLDER, 3, enforce_eager=True, **(SMALL | crowded)) as started:
         found = extract_activations(started, prompts, pooling="all")
     assert_same(found, extract_activations(model, prompts, 3, "all"))
     assert any(again)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from conftest import SMALL
 from reference import Reference
 
@@ -59,10 +58,3 @@ def test_activations_of_chunks(llama: Reference, way: str) -> None:
     found = checked(llama, options, "activations", **environment)
     assert found["second_runner"] is (way == "second runner")
     assert found["rows"] == [*range(6)] * 2
-
-
-def test_a_refused_engine_names_the_setting(llama: Reference) -> None:
-    # In a process of its own: after an engine that guesses tokens, vLLM starts no other in the same process.
-    guess = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    with pytest.raises(AssertionError, match=r"EngineError: probes do not run in an engine with speculative decoding"):
-        checked(llama, {"speculative_config": guess, "enforce_eager": True})

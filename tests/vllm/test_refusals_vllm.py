@@ -136,6 +136,15 @@ def test_blocks_whose_stream_is_not_that_of_the_model() -> None:
         decoder_blocks(Model(), 2, torch.bfloat16)
 
 
+def test_an_engine_with_such_a_setting_does_not_start(
+    probe: ProbeWeights, llama: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This one, since after an engine that guesses tokens vLLM starts no other in the same process.
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    with pytest.raises(EngineError, match="probes do not run in an engine with request ids that are not made unique"):
+        start(llama, [probe], enforce_eager=True)
+
+
 def test_an_engine_that_was_not_started_for_probes(llama: Reference) -> None:
     from vllm import LLM
 

@@ -6,20 +6,23 @@ import ast
 import asyncio
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from served_model import COMMAND, PATIENCE, Reference, Server, environment, make_probes
+from served_model import PATIENCE, Reference, Server, environment, make_probes
 
 from lmprobe_tl import ProbeWeights
+from lmprobe_tl.cli import main
 from lmprobe_tl.demo import MODEL_FOLDER
 from lmprobe_tl.vllm import wire
 from lmprobe_tl.vllm.structure import PROBES_VARIABLE, WORKER_CLASS, Structure
@@ -231,12 +234,20 @@ def test_the_example_runs(server: Server) -> None:
     assert "a at position 2" in done.stdout and "stopped by a" in done.stdout
 
 
-def run_serve(*arguments: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [*COMMAND, "serve", *arguments], capture_output=True, text=True, env=environment(), timeout=PATIENCE, check=False
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stderr
+@pytest.fixture
+def run_serve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """The command in this process, for arguments with which it must not get as far as vLLM."""
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("the server was started"))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` puts its own in place
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["lmprobe-tl", "serve", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, capsys.readouterr().err
+
+    return call
 
 
 def probe_of(name: str, d_model: int, hook: str, folder: Path) -> str:
@@ -253,13 +264,15 @@ def probe_of(name: str, d_model: int, hook: str, folder: Path) -> str:
         (192, "blocks.2.hook_resid_mid", "cannot be read in vLLM"),
     ],
 )
-def test_probes_of_another_model_are_refused_at_once(d_model: int, hook: str, message: str, tmp_path: Path) -> None:
+def test_probes_of_another_model_are_refused_at_once(
+    run_serve: Callable[..., tuple[int, str]], d_model: int, hook: str, message: str, tmp_path: Path
+) -> None:
     status, error = run_serve("--model", str(MODEL_FOLDER), "--probe", probe_of("p", d_model, hook, tmp_path))
     assert status == 2
     assert re.search(message, error), error
 
 
-def test_bad_arguments_are_refused_at_once(tmp_path: Path) -> None:
+def test_bad_arguments_are_refused_at_once(run_serve: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     good = probe_of("p", 192, "blocks.2.hook_resid_post", tmp_path)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no probe")
@@ -284,7 +297,7 @@ def test_probes_that_do_not_load_stop_the_server(tmp_path: Path) -> None:
     other = probe_of("other", 192, "blocks.4.hook_resid_post", tmp_path)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL_FOLDER), "--worker-cls"]
     command += [WORKER_CLASS, "--additional-config", config, "--middleware", "lmprobe_tl.vllm.server.ProbeMiddleware"]
-    command += ["--max-model-len", "256", "--enforce-eager", "--port", "0"]
+    command += ["--max-model-len", "256", "--num-gpu-blocks-override", "64", "--enforce-eager", "--port", "0"]
     given = environment(**{PROBES_VARIABLE: json.dumps([other])})
     done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=PATIENCE, check=False)
     assert done.returncode != 0
