@@ -174,6 +174,19 @@ def test_an_alarm_stops_it(server: Server, streams: bool) -> None:
     assert len(choice["token_ids"]) == max(1, first["position"] - n_prompt + 2)
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_an_alarm_stops_it_with_log_probabilities(server: Server, path: str) -> None:
+    if path == CHAT:
+        what = {"messages": [{"role": "user", "content": "def f(a):"}], "logprobs": True, "top_logprobs": 1}
+    else:
+        what = {"prompt": "def f(a):", "logprobs": 1}
+    choice = server.post(path, ask(probe_stop=True, **what)).json()["choices"][0]
+    assert choice["probe_stopped_by"] is not None and choice["finish_reason"] == "stop"
+    logprobs = choice["logprobs"]
+    told = [one["token"] for one in logprobs["content"]] if path == CHAT else logprobs["tokens"]
+    assert len(told) == len(choice["token_ids"]) and told[-1] == "<|eos|>"
+
+
 def test_malformed_requests_leave_the_server_alive(server: Server, reference: Reference) -> None:
     bad: list[tuple[Any, int]] = [
         (b'{"model": "demo", "prompt', 400),
