@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,10 @@ from lmprobe_tl.scoring import live_unit
 from lmprobe_tl.tokens import Prompt, Truncation, check_prompts, row_digest
 from lmprobe_tl.weights import ProbeWeights
 
-ROUNDING = 1e-5  # of a float32 score, relative to its size if that is above 1, between one way of batching and another
+# How far other batches move a score as a logit, relative to its size if that is above 1, by the dtype in which the
+# model computes; of the two small ones as `python -m benchmarks.vllm_precision` measures it, rounded up.
+ROUNDING = {"float64": 1e-5, "float32": 1e-5, "float16": 0.005, "bfloat16": 0.03}
+_FLOAT32 = ROUNDING["float32"]
 
 
 def calibrate_probe(
@@ -66,6 +70,9 @@ def calibrate_probe(
     engine: 'vllm' takes the scores from a vLLM engine, whose dtype and kernels decide their last digits, in bfloat16 the
     third: a threshold fits best where it was set. model is then a name, a folder, or a running `lmprobe_tl.vllm.ProbedLLM`,
     set up as it will serve, which has its own probes again afterwards. The record's `statistic` says so.
+
+    Where the model computes in bfloat16 or float16, on either engine, the guarantee also says how far other batches move a
+    score, and how many of the sequences lie that near to the threshold.
 
     The threshold is in `live_unit(probe)`. Raises CalibrationError for too few sequences before the model runs, for a
     threshold that no score can reach, and for a recall below the target.
@@ -140,7 +147,9 @@ def measure_calibration(
         positives = None if positive_prompts is None else source.of(positive_prompts, progress, **tokenizing)
     unit, statistic = live_unit(weights), statistic_of(weights) + source.remark
     threshold = calibrate_threshold(negatives, goal.fpr, goal.delta, method=goal.method, unit=unit, statistic=statistic)
-    _warn_of_ties(negatives, threshold)
+    margin = rounding_of(threshold, source.dtype)
+    _warn_of_ties(negatives, threshold, margin)
+    threshold = _with_rounding(threshold, negatives, margin, source.dtype)
     if positives is None:
         return Calibration(threshold)
     recall = recall_at_threshold(positives, threshold)
@@ -150,11 +159,32 @@ def measure_calibration(
     return Calibration(threshold, recall, curve)
 
 
-def _warn_of_ties(negatives: NDArray[np.float32], threshold: ThresholdRecord) -> None:
+def rounding_of(threshold: ThresholdRecord, dtype: str) -> float:
+    """How far other batches move a score at the threshold, in its unit, where the model computes in this dtype."""
+    relative = ROUNDING.get(dtype, max(ROUNDING.values()))
+    if threshold.unit == "logit":
+        return relative * max(1.0, abs(threshold.value))
+    share = min(max(threshold.value, _FLOAT32), 1 - _FLOAT32)
+    z = math.log(share / (1 - share))
+    return max(_FLOAT32, relative * max(1.0, abs(z)) * share * (1 - share))
+
+
+def _with_rounding(threshold: ThresholdRecord, negatives: NDArray[np.float32], margin: float, dtype: str) -> ThresholdRecord:
+    """In a small dtype the guarantee says what batches do to it: it is of scores as they were computed here."""
+    if ROUNDING.get(dtype) == _FLOAT32:
+        return threshold
+    near = int((np.abs(negatives - threshold.value) <= margin).sum())
+    remark = (
+        f"That is of scores as these batches gave them: in {dtype}, others move a score by up to about {margin:.2g}, and "
+        f"{near} of the {len(negatives)} calibration sequences lie that near to the threshold."
+    )
+    return replace(threshold, guarantee=f"{threshold.guarantee} {remark}")
+
+
+def _warn_of_ties(negatives: NDArray[np.float32], threshold: ThresholdRecord, margin: float) -> None:
     """Scores move in their last digits with batch, cache and hardware. Where many sequences share one running maximum, as
     that of a first token or of a template that all begin with, they could all cross together."""
     assert threshold.rank is not None and threshold.fpr is not None
-    margin = ROUNDING * max(1.0, abs(threshold.value))
     near = int((negatives >= threshold.value - margin).sum())
     if near > max(threshold.fpr * len(negatives), len(negatives) - threshold.rank + 1):
         warnings.warn(
