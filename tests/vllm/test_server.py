@@ -282,6 +282,10 @@ def test_bad_arguments_are_refused_at_once(tmp_path: Path) -> None:
         (["--probe", str(tmp_path / "none.safetensors")], "none.safetensors"),
         (["--probe", good, "--worker-cls", "x.Y"], "--worker-cls is given, but with probes the worker class is fixed"),
         (["--probe", good, "--api_server_count=2"], "--api-server-count is given"),
+        (["--probe", good, "-asc", "2"], "--api-server-count is given"),
+        (["--probe", good, "--api-server-c", "2"], "--api-server-count is given"),
+        (["--probe", good, "--worker-c", "x.Y"], "--worker-cls is given"),
+        (["--probe", good, "--additional-c", "[1]"], "--additional-config is '[1]'; expected a JSON object"),
         (["--probe", good, "--additional-config", "[1]"], "--additional-config is '[1]'; expected a JSON object"),
         (["--probe", good, "--additional-config.a", "1"], "--additional-config.a is given"),
     ]:
