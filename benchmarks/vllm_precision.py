@@ -1,7 +1,7 @@
 """What an engine's dtype does to scores: the same texts of the embedded model's task by engines of vLLM in several dtypes.
 
 Run it by `python -m benchmarks.vllm_precision` in the environment that `make test-vllm` makes. Each dtype is compared with
-float32, and with itself in other batches: few requests at once, whose prompts are cut in chunks.
+float32, and with itself run otherwise: few requests at once, whose prompts are cut in chunks; and compiled.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from lmprobe_tl.demo import MODEL_FOLDER, load_demo_model
 
 NAME = "scored"
 DTYPES = ("float32", "float16", "bfloat16")
-MANY: dict[str, Any] = {"max_num_seqs": 32, "max_num_batched_tokens": 2048}
-FEW: dict[str, Any] = {"max_num_seqs": 3, "max_num_batched_tokens": 64}
+PLAIN: dict[str, Any] = {"enforce_eager": True, "max_num_seqs": 32, "max_num_batched_tokens": 2048}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "few at once": {"enforce_eager": True, "max_num_seqs": 3, "max_num_batched_tokens": 64},
+    "compiled": PLAIN | {"enforce_eager": False},
+}
 FPR = 0.05
 
 
@@ -78,14 +81,14 @@ def task_probe(model: Any) -> ProbeWeights:
     return fitted.renamed(NAME).with_inference_pooling("score:max")
 
 
-def scored(probe: ProbeWeights, rows: Sequence[Sequence[int]], dtype: str, batching: dict[str, Any]) -> Scored:
+def scored(probe: ProbeWeights, rows: Sequence[Sequence[int]], dtype: str, options: dict[str, Any]) -> Scored:
     from vllm import SamplingParams
 
     from lmprobe_tl.vllm import ProbedLLM
 
     settings: dict[str, Any] = {"max_model_len": 256, "block_size": 32, "kv_cache_memory_bytes": 2**26, "seed": 0}
-    settings |= {"enforce_eager": True, "enable_prefix_caching": False}
-    with ProbedLLM(MODEL_FOLDER, probes=probe, dtype=dtype, **settings, **batching) as engine:
+    settings |= {"enable_prefix_caching": False} | options
+    with ProbedLLM(MODEL_FOLDER, probes=probe, dtype=dtype, **settings) as engine:
         prompts = [{"prompt_token_ids": list(row)} for row in rows]
         outputs = engine.generate(prompts, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
         logits = np.concatenate([output.probe_scores[NAME].numpy() for output in outputs])
@@ -118,11 +121,12 @@ def measure(n_texts: int, dtypes: Sequence[str]) -> list[Row]:
     probe = task_probe(model)
     texts = ragged_texts(model.tokenizer, n_texts, longest=200)
     rows = [[model.tokenizer.bos_token_id, *model.tokenizer(text, add_special_tokens=False).input_ids] for text in texts]
-    many = {dtype: scored(probe, rows, dtype, MANY) for dtype in dtypes}
-    found = [compared(dtype, "float32", many[dtype], many["float32"]) for dtype in dtypes if dtype != "float32"]
-    return found + [
-        compared(f"{dtype}, few at once", dtype, scored(probe, rows, dtype, FEW), many[dtype]) for dtype in dtypes
-    ]
+    plain = {dtype: scored(probe, rows, dtype, PLAIN) for dtype in dtypes}
+    found = [compared(dtype, "float32", plain[dtype], plain["float32"]) for dtype in dtypes if dtype != "float32"]
+    for how, options in OTHERWISE.items():
+        for dtype in dtypes:
+            found.append(compared(f"{dtype}, {how}", dtype, scored(probe, rows, dtype, options), plain[dtype]))
+    return found
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -139,7 +143,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()))
-    parser.add_argument("--texts", type=int, default=400)
+    parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm-precision-cpu.json")
     options = parser.parse_args(arguments)

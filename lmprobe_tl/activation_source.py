@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -164,6 +164,14 @@ def check_installed() -> None:
     from lmprobe_tl.vllm._compat import check_version
 
     check_version()
+
+
+def check_engine_arguments(arguments: Mapping[str, Any], taken: Collection[str]) -> None:
+    """Before an engine is started with them: EngineError without vLLM, InputError for unknown ones and those in `taken`."""
+    check_installed()
+    from lmprobe_tl.vllm._compat import check_arguments
+
+    check_arguments(arguments, taken)
 
 
 def chosen_engine(model: Any, engine: Any, kind: str = "ActivationEngine") -> Engine:

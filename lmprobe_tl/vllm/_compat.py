@@ -7,10 +7,11 @@ of a step, and how request ids are extended.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmprobe_tl.errors import EngineError
+from lmprobe_tl.errors import EngineError, InputError
 from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, Step
 
 try:
@@ -38,6 +39,21 @@ def check_version() -> None:
     if not OLDEST <= found < NEXT:
         low, high = (".".join(map(str, one)) for one in (OLDEST, NEXT))
         raise EngineError(f"vLLM is {vllm.__version__}; probes run inside vllm>={low},<{high}. Install one of these.")
+
+
+def check_arguments(arguments: Mapping[str, Any], taken: Collection[str]) -> None:
+    """InputError for arguments that an engine does not have, or that its caller has given already."""
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {*EngineArgs.__dataclass_fields__, *inspect.signature(LLM.__init__).parameters} - {"self", "kwargs"}
+    for name in arguments:
+        if name in taken:
+            raise InputError(f"{name!r} is among the engine's arguments, but it is set already; leave it out.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"{name!r} is no argument of an engine of vLLM {version()}.{meant}")
 
 
 def version() -> str:

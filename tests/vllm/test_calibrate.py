@@ -175,3 +175,20 @@ def test_the_command_calibrates_and_extracts_with_an_engine(
     )
     reference = extract_activations(model, NEGATIVES, [1, 4], "mean").concatenated()
     torch.testing.assert_close(opened.values(), reference, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ('{"dtpye": "float32"}', "'dtpye' is no argument of an engine of vLLM .*Did you mean 'dtype'"),
+        ('{"model": "x"}', "'model' is among the engine's arguments, but it is set already"),
+        ('{"probes": []}', "'probes' is among the engine's arguments, but it is set already"),
+    ],
+)
+def test_arguments_that_no_engine_has_are_refused_before_one_starts(arguments: str, message: str, tmp_path: Path) -> None:
+    probe, texts = tmp_path / "probe.safetensors", tmp_path / "texts.txt"
+    probe_of("score:max").save(probe)
+    texts.write_text("\n".join(NEGATIVES))
+    given = ["--fpr", "0.05", "--engine", "vllm", "--engine-args", arguments]
+    with pytest.raises(InputError, match=message):
+        app(["calibrate", str(probe), str(texts), *given], standalone_mode=False)

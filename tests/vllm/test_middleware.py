@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmprobe_tl import ProbeWeights
+from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.vllm import inbox as inbox_module
 from lmprobe_tl.vllm import wire
@@ -503,3 +504,52 @@ def test_counters_follow_packets() -> None:
     for n_scored, n_unknown, n_crossed in [(5, 0, 0), (9, 2, 1), (9, 2, 1), (4, 0, 0)]:  # the last: probes loaded anew
         metrics(wire.Packet([], b"", b"", [], [], n_scored, n_unknown, [n_crossed]))
     assert [now - then for now, then in zip(values(), before, strict=True)] == [13, 2, 1]
+
+
+def test_workers_that_did_not_answer_are_asked_again() -> None:
+    answers: list[Any] = [TimeoutError("busy"), [1.0], [2.0]]
+
+    class Slow:
+        async def collective_rpc(self, method: str) -> list[bytes]:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return [wire.encode(wire.State(0, 0, 0, 0, 0, 0, answer))]
+
+    async def ask() -> None:
+        inbox = ScoreInbox(PLAN.n_columns)
+        connection = ProbeConnection(Slow(), PLAN, inbox, True, END)
+        try:
+            with pytest.raises(TimeoutError):
+                await connection.check_agreement()
+            for _ in range(3):
+                await connection.check_agreement()
+        finally:
+            await inbox.close()
+
+    asyncio.run(ask())
+    assert len(answers) == 1
+
+
+def test_workers_that_disagree_are_not_asked_again() -> None:
+    class Wrong:
+        n_asked = 0
+
+        async def collective_rpc(self, method: str) -> list[bytes]:
+            self.n_asked += 1
+            return [wire.encode(wire.State(0, 0, 0, 0, 0, 0, [score])) for score in (1.0, 2.0)]
+
+    client = Wrong()
+
+    async def ask() -> None:
+        inbox = ScoreInbox(PLAN.n_columns)
+        connection = ProbeConnection(client, PLAN, inbox, True, END)
+        try:
+            for _ in range(2):
+                with pytest.raises(EngineError, match="workers disagree on the scores"):
+                    await connection.check_agreement()
+        finally:
+            await inbox.close()
+
+    asyncio.run(ask())
+    assert client.n_asked == 1
