@@ -453,7 +453,7 @@ SPREAD = np.linspace(-3.0, 2.0, 40)  # 0.13 apart
 NEAR = np.concatenate([np.linspace(-3.0, 1.0, 30), 2.0 + 0.001 * np.arange(10)])  # ten within a hundredth
 
 
-@pytest.mark.parametrize(("dtype", "margin"), [("float32", 2e-5), ("float16", 0.01), ("bfloat16", 0.06)])
+@pytest.mark.parametrize(("dtype", "margin"), [("float32", 1e-5), ("float16", 0.0125), ("bfloat16", 0.1)])
 def test_a_warning_of_ties_follows_the_dtype(dtype: str, margin: float) -> None:
     assert calibrated_by(dtype, SPREAD)[1] == []
     threshold, told = calibrated_by(dtype, NEAR)
@@ -470,19 +470,19 @@ def test_the_guarantee_says_what_a_small_dtype_does_to_it() -> None:
     promise = "None for new text: at most 10% of these very 40 calibration sequences raise an alarm."
     assert calibrated_by("float32", NEAR)[0].guarantee == promise
     assert calibrated_by("bfloat16", NEAR)[0].guarantee == (
-        f"{promise} That is of scores as these batches gave them: in bfloat16, others move a score by up to about 0.06, and "
-        "10 of the 40 calibration sequences lie that near to the threshold."
+        f"{promise} That is of scores as computed here: in bfloat16, another device, another engine or other batches may "
+        "move a score by about 0.1, and 10 of the 40 calibration sequences lie that near to the threshold."
     )
     assert "and 1 of the 40" in str(calibrated_by("bfloat16", SPREAD)[0].guarantee)
-    assert "others move a score by up to about" in str(calibrated_by("float8_e4m3fn", SPREAD)[0].guarantee)
+    assert "may move a score by about 0.1," in str(calibrated_by("float8_e4m3fn", SPREAD)[0].guarantee)
 
 
 def test_of_probabilities_the_rounding_is_that_of_their_logits() -> None:
     spread = 1 / (1 + np.exp(-SPREAD))
-    (threshold, told), z = calibrated_by("bfloat16", spread, pooling="score:mean"), SPREAD[36]
+    (threshold, told), z = calibrated_by("bfloat16", spread, pooling="score:mean"), SPREAD[35]
     share = 1 / (1 + math.exp(-z))
     assert threshold.unit == "probability" and told == []
-    assert f"up to about {0.03 * z * share * (1 - share):.2g}," in str(threshold.guarantee)
+    assert f"by about {0.1 * share * (1 - share):.2g}," in str(threshold.guarantee)
     saturated = np.concatenate([np.full(32, 0.5), np.full(8, 1 - 2**-23)])  # no rounding of logits moves these by much
     assert calibrated_by("bfloat16", saturated, pooling="score:mean")[1] != []
 
@@ -490,14 +490,14 @@ def test_of_probabilities_the_rounding_is_that_of_their_logits() -> None:
 def test_a_model_of_transformer_lens_says_it_too(llama: Tiny) -> None:
     probe = probe_for("score:max")
     threshold = calibrate_probe(llama.bridge, probe, NEGATIVES, **LOOSE).threshold
-    assert threshold is not None and "others move" not in str(threshold.guarantee)
+    assert threshold is not None and "may move" not in str(threshold.guarantee)
     before = next(llama.bridge.parameters()).dtype
     llama.bridge.to(torch.bfloat16)
     try:
         threshold = calibrate_probe(llama.bridge, probe, NEGATIVES, **LOOSE).threshold
     finally:
         llama.bridge.to(before)
-    assert threshold is not None and "in bfloat16, others move a score by up to" in str(threshold.guarantee)
+    assert threshold is not None and "in bfloat16, another device" in str(threshold.guarantee)
 
 
 def test_a_running_engine_of_the_other_kind_is_refused() -> None:

@@ -28,9 +28,10 @@ from lmprobe_tl.scoring import live_unit
 from lmprobe_tl.tokens import Prompt, Truncation, check_prompts, row_digest
 from lmprobe_tl.weights import ProbeWeights
 
-# How far other batches move a score as a logit, relative to its size if that is above 1, by the dtype in which the
-# model computes; of the two small ones as `python -m benchmarks.vllm_precision` measures it, rounded up.
-ROUNDING = {"float64": 1e-5, "float32": 1e-5, "float16": 0.005, "bfloat16": 0.03}
+# How far a score as a logit moves with what it is computed by, by the model's dtype: at least, and relative to its size. Of
+# float32 other ways of batching; of the small ones what `python -m benchmarks.vllm_precision` finds of other kernels, which
+# another device has, or batches of another size on a GPU.
+ROUNDING = {"float64": (1e-5, 1e-5), "float32": (1e-5, 1e-5), "float16": (0.0125, 2**-10), "bfloat16": (0.1, 2**-7)}
 _FLOAT32 = ROUNDING["float32"]
 
 
@@ -71,7 +72,7 @@ def calibrate_probe(
     third: a threshold fits best where it was set. model is then a name, a folder, or a running `lmprobe_tl.vllm.ProbedLLM`,
     set up as it will serve, which has its own probes again afterwards. The record's `statistic` says so.
 
-    Where the model computes in bfloat16 or float16, on either engine, the guarantee also says how far other batches move a
+    Where the model computes in bfloat16 or float16, on either engine, the guarantee also says how far rounding moves a
     score, and how many of the sequences lie that near to the threshold.
 
     The threshold is in `live_unit(probe)`. Raises CalibrationError for too few sequences before the model runs, for a
@@ -160,23 +161,25 @@ def measure_calibration(
 
 
 def rounding_of(threshold: ThresholdRecord, dtype: str) -> float:
-    """How far other batches move a score at the threshold, in its unit, where the model computes in this dtype."""
-    relative = ROUNDING.get(dtype, max(ROUNDING.values()))
+    """How far other batches and kernels move a score at the threshold, in its unit, where the model computes in this
+    dtype."""
+    least, relative = ROUNDING.get(dtype, max(ROUNDING.values()))
     if threshold.unit == "logit":
-        return relative * max(1.0, abs(threshold.value))
-    share = min(max(threshold.value, _FLOAT32), 1 - _FLOAT32)
+        return max(least, relative * abs(threshold.value))
+    nearest = _FLOAT32[0]
+    share = min(max(threshold.value, nearest), 1 - nearest)
     z = math.log(share / (1 - share))
-    return max(_FLOAT32, relative * max(1.0, abs(z)) * share * (1 - share))
+    return max(nearest, max(least, relative * abs(z)) * share * (1 - share))
 
 
 def _with_rounding(threshold: ThresholdRecord, negatives: NDArray[np.float32], margin: float, dtype: str) -> ThresholdRecord:
-    """In a small dtype the guarantee says what batches do to it: it is of scores as they were computed here."""
+    """In a small dtype the guarantee says what rounding does to it: it is of scores as they were computed here."""
     if ROUNDING.get(dtype) == _FLOAT32:
         return threshold
     near = int((np.abs(negatives - threshold.value) <= margin).sum())
     remark = (
-        f"That is of scores as these batches gave them: in {dtype}, others move a score by up to about {margin:.2g}, and "
-        f"{near} of the {len(negatives)} calibration sequences lie that near to the threshold."
+        f"That is of scores as computed here: in {dtype}, another device, another engine or other batches may move a score "
+        f"by about {margin:.2g}, and {near} of the {len(negatives)} calibration sequences lie that near to the threshold."
     )
     return replace(threshold, guarantee=f"{threshold.guarantee} {remark}")
 
