@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from lmprobe_tl import ProbeWeights
 from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
+from lmprobe_tl.vllm import _compat, wire
 from lmprobe_tl.vllm import inbox as inbox_module
-from lmprobe_tl.vllm import wire
 from lmprobe_tl.vllm.connection import ProbeConnection
 from lmprobe_tl.vllm.inbox import ScoreInbox
 from lmprobe_tl.vllm.server import ProbeMiddleware
@@ -331,6 +331,32 @@ def test_who_has_no_key_is_refused_unread(key: bytes | None, fields: dict[str, A
     else:
         assert (status, json.loads(body)) == (401, {"error": "Unauthorized"})
         assert served.n_read == 0
+
+
+def test_the_check_of_keys_is_found_behind_vllms_own_layers() -> None:
+    from fastapi import FastAPI
+    from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+
+    def allows(keys: list[str], authorization: bytes) -> bool:
+        app = FastAPI()
+        everything = ["*"]
+        arguments = SimpleNamespace(
+            allowed_origins=everything,
+            allow_credentials=False,
+            allowed_methods=everything,
+            allowed_headers=everything,
+            api_key=keys,
+            enable_request_id_headers=True,
+            middleware=["lmprobe_tl.vllm.server.ProbeMiddleware"],
+        )
+        init_entrypoints_middleware(arguments, app, ("generate",))  # type: ignore[arg-type]
+        layer = app.build_middleware_stack()
+        while not isinstance(layer, ProbeMiddleware):
+            layer = layer.app  # type: ignore[attr-defined]
+        return _compat.is_authorised(layer._app, {"headers": [(b"authorization", authorization)]})
+
+    assert [allows(["right"], b"Bearer " + key) for key in (b"wrong", b"right")] == [False, True]
+    assert allows([], b"Bearer wrong"), "where no key is asked for, all may come in"
 
 
 @pytest.mark.parametrize(
