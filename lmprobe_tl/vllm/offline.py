@@ -198,11 +198,6 @@ def marked_sampling(params: Any, stop: bool, can_stop: bool) -> Any:
         raise InputError(
             f"stop=True ends a request at once, but min_tokens={params.min_tokens} has vLLM go on; leave it out."
         )
-    if stop and params.structured_outputs is not None:
-        raise InputError(
-            "stop=True ends a request by its end-of-sequence token, which the grammar of structured_outputs may not allow "
-            "at an alarm; leave one of them out."
-        )
     marked = copy.copy(params)
     marked.extra_args = {**(params.extra_args or {}), WANTS_SCORES: True, WANTS_STOP: stop}
     return marked

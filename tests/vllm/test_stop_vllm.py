@@ -102,15 +102,11 @@ def test_of_several_completions_each_ends_at_its_own_alarm(demo: Reference) -> N
 
 def test_a_request_that_ignores_its_end_cannot_be_stopped(llama: Reference) -> None:
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
 
     probe = make_probe(llama, "p", "blocks.2.hook_resid_post", seed=1)
     with start(llama, [probe], enforce_eager=True) as engine:
         endless = SamplingParams(max_tokens=4, ignore_eos=True)
         with pytest.raises(InputError, match="stop=True ends a request by its end-of-sequence token, but ignore_eos is set"):
             engine.generate([{"prompt_token_ids": [5, 6]}], endless, stop=True, use_tqdm=False)
-        digits = SamplingParams(max_tokens=4, structured_outputs=StructuredOutputsParams(regex="[0-9]+"))
-        with pytest.raises(InputError, match="which the grammar of structured_outputs may not allow at an alarm"):
-            engine.generate([{"prompt_token_ids": [5, 6]}], digits, stop=True, use_tqdm=False)
         (output,) = engine.generate([{"prompt_token_ids": [5, 6]}], endless, use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 4
