@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -18,6 +18,8 @@ from lmprobe_tl.weights_fingerprint import weights_sha256
 
 Engine: TypeAlias = Literal["transformer_lens", "vllm"]
 ENGINES = ("transformer_lens", "vllm")
+# The classes of running engines, known by their methods: importing them needs vLLM.
+_RUNNING = {"ActivationEngine": "pooled", "ProbedLLM": "replace_probes"}
 PooledBatch: TypeAlias = tuple[list[int], dict[str, list[Tensor]]]  # indices of rows; by hook name a tensor a pooling
 
 _MOST_ROWS = 256  # of a forward pass, where its tokens are given and its rows are not
@@ -41,7 +43,7 @@ class LensSource:
 
     @property
     def dtype(self) -> str:
-        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return model_dtype(self.model)
 
     def weights_sha256(self) -> str:
         return weights_sha256(self.model)
@@ -63,8 +65,8 @@ class EngineSource:
 
     def __init__(self, given: Any, hook_points: HookPoints, max_tokens: int | None, max_rows: int | None) -> None:
         check_installed()
-        self._options = engine_options(max_tokens, max_rows)
-        self._given, self._owns = given, not is_engine(given)
+        self._given, self._owns = given, running_kind(given) is None
+        self._options = engine_options(max_tokens, max_rows, is_running=not self._owns)
         self._running: Any = None if self._owns else given
         if self._owns:
             self.model = bare_model(given)
@@ -74,14 +76,7 @@ class EngineSource:
             for name in self.hook_names:
                 check_readable(name)
             return
-        if self._options:
-            raise InputError(
-                "max_tokens_per_batch and batch_size belong to an engine that is yet to be started; this one has "
-                f"max_num_batched_tokens and max_num_seqs of its own, {given.batching}. Leave them out."
-            )
-        if given not in _bare_models:
-            _bare_models[given] = bare_model(given.model, given.longest_prompt)
-        self.model = _bare_models[given]
+        self.model = bare_model_of(given)
         everything = isinstance(hook_points, str) and hook_points == "all"
         self.hook_names = resolve_hook_points(self.model, list(given.hook_points) if everything else hook_points)
         given.check_hook_points(self.hook_names)
@@ -148,9 +143,15 @@ def activation_source(
         source.close()
 
 
-def is_engine(model: Any) -> bool:
-    """Whether it is an engine for activations, and neither a model nor the name of one."""
-    return hasattr(model, "pooled") and hasattr(model, "longest_prompt")
+def running_kind(model: Any) -> str | None:
+    """The class of a running engine; None for a model, or the name of one."""
+    known = hasattr(model, "longest_prompt")
+    return next((kind for kind, method in _RUNNING.items() if known and hasattr(model, method)), None)
+
+
+def model_dtype(model: Any) -> str:
+    """In which a model of TransformerLens computes, such as 'float32'."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def check_engine(engine: Any) -> None:
@@ -165,19 +166,35 @@ def check_installed() -> None:
     check_version()
 
 
-def chosen_engine(model: Any, engine: Any) -> Engine:
-    """InputError for an engine that does not exist, or not with this model."""
+def check_engine_arguments(arguments: Mapping[str, Any], taken: Collection[str]) -> None:
+    """Before an engine is started with them: EngineError without vLLM, InputError for unknown ones and those in `taken`."""
+    check_installed()
+    from lmprobe_tl.vllm._compat import check_arguments
+
+    check_arguments(arguments, taken)
+
+
+def chosen_engine(model: Any, engine: Any, kind: str = "ActivationEngine") -> Engine:
+    """InputError for an engine that does not exist, or not with this model, or a running one that is not of the wanted
+    kind."""
     check_engine(engine)
-    if is_engine(model):
+    found = running_kind(model)
+    if found is not None:
         if engine == "transformer_lens":
             raise InputError("engine is 'transformer_lens', but the model is a vLLM engine; leave engine out.")
+        if found != kind:
+            raise InputError(f"the model is a running {found}; expected {_a(kind)}, or the name or folder of a model.")
         return "vllm"
     if engine == "vllm" and not isinstance(model, (str, Path)):
         raise InputError(
-            f"engine is 'vllm', but the model is a {type(model).__name__}; expected the name or folder of a model, or an "
-            "ActivationEngine."
+            f"engine is 'vllm', but the model is a {type(model).__name__}; expected the name or folder of a model, or "
+            f"{_a(kind)}."
         )
     return engine or "transformer_lens"
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "AEIO" else f"a {kind}"
 
 
 def bare_model(model: str | Path, longest_prompt: int | None = None) -> Any:
@@ -194,13 +211,25 @@ def bare_model(model: str | Path, longest_prompt: int | None = None) -> Any:
     return bare
 
 
+def bare_model_of(engine: Any) -> Any:
+    """The bare model of a running engine, made once."""
+    if engine not in _bare_models:
+        _bare_models[engine] = bare_model(engine.model, engine.longest_prompt)
+    return _bare_models[engine]
+
+
 def _engine_name(model: str | Path) -> str:
     return str(Path(model).expanduser()) if isinstance(model, Path) or model.startswith("~") else model
 
 
-def engine_options(max_tokens: int | None, max_rows: int | None) -> dict[str, int]:
-    """In vLLM's words."""
+def engine_options(max_tokens: int | None, max_rows: int | None, *, is_running: bool) -> dict[str, int]:
+    """In vLLM's words. InputError for any where the engine is running."""
     check_batching(max_rows, 1 if max_tokens is None else max_tokens)
+    if is_running and not (max_tokens is max_rows is None):
+        raise InputError(
+            "max_tokens_per_batch and batch_size belong to an engine that is yet to be started; this one has "
+            "max_num_batched_tokens and max_num_seqs of its own. Leave them out."
+        )
     options = {}
     if max_tokens is not None:
         options = {"max_num_batched_tokens": max_tokens, "max_num_seqs": min(max_rows or _MOST_ROWS, max_tokens)}

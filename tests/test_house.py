@@ -94,6 +94,7 @@ ONLY_IN = {
     "msgspec": {"vllm.wire"},
     "zmq": {"vllm.inbox", "vllm.publisher"},
     "prometheus_client": {"vllm.server.metrics"},
+    "pydantic": {"vllm.server.request"},
     "typer": {name for name in FLOORS[7] if name.startswith("cli.")},
     "rich": {"cli.demo", "cli.generate"} | {name for name in FLOORS[6] if name.startswith("terminal.")},
 }

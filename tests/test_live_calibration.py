@@ -15,8 +15,17 @@ from hypothesis import strategies as st
 from live_reference import encode, expected_running, features_of, left_padded, make_probe
 from sklearn.base import clone
 
-from lmprobe_tl import Probe, attach_probes, calibrate_probe, load_probe, score_prompts, sequence_maxima
+from lmprobe_tl import (
+    Probe,
+    attach_probes,
+    calibrate_probe,
+    extract_activations,
+    load_probe,
+    score_prompts,
+    sequence_maxima,
+)
 from lmprobe_tl.calibration import Calibration, required_negatives
+from lmprobe_tl.demo import MODEL_FOLDER
 from lmprobe_tl.errors import (
     CalibrationError,
     CalibrationWarning,
@@ -407,3 +416,95 @@ def test_few_sequences_fail_where_the_rule_says(all_tiny: dict[str, Tiny], fpr: 
     else:
         found = calibrate_probe(model, probe, NEGATIVES[:n], fpr, delta, batch_size=60).threshold
         assert isinstance(found, ThresholdRecord) and found.n == n
+
+
+# --- engines of low precision --------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """For a running engine, whose scores are given: one a prompt."""
+
+    model, longest_prompt, probes = MODEL_FOLDER, 64, ()
+
+    def __init__(self, dtype: str, maxima: Any) -> None:
+        self.dtype, self._maxima = dtype, torch.tensor(maxima, dtype=torch.float32)
+
+    def replace_probes(self, probes: Any) -> None:
+        self.probes = probes
+
+    def sequence_maxima(self, rows: Any, name: str, unit: str, *, progress: bool | None) -> torch.Tensor:
+        return self._maxima
+
+
+def calibrated_by(dtype: str, maxima: Any, *, pooling: str = "score:max") -> tuple[ThresholdRecord, list[str]]:
+    """The threshold, and the warnings about ties."""
+    probe = ProbeWeights.from_direction(torch.ones(192), name="p", hook_points="blocks.3.hook_resid_post")
+    prompts = [f"import {at}" for at in range(len(maxima))]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CalibrationWarning)
+        found = calibrate_probe(
+            StandIn(dtype, maxima), probe.with_inference_pooling(pooling), prompts, 0.1, method="empirical"
+        )
+    assert found.threshold is not None
+    return found.threshold, [str(one.message) for one in caught if one.category is CalibrationWarning]
+
+
+SPREAD = np.linspace(-3.0, 2.0, 40)  # 0.13 apart
+NEAR = np.concatenate([np.linspace(-3.0, 1.0, 30), 2.0 + 0.001 * np.arange(10)])  # ten within a hundredth
+
+
+@pytest.mark.parametrize(("dtype", "margin"), [("float32", 1e-5), ("float16", 0.0125), ("bfloat16", 0.1)])
+def test_a_warning_of_ties_follows_the_dtype(dtype: str, margin: float) -> None:
+    assert calibrated_by(dtype, SPREAD)[1] == []
+    threshold, told = calibrated_by(dtype, NEAR)
+    assert threshold.value == pytest.approx(2.005, abs=1e-5)
+    if dtype == "float32":
+        assert told == []
+    else:
+        (message,) = told
+        assert message.startswith("10 of 40 negative sequences have a running maximum of 2.005 or more, up to rounding")
+        assert float(message.split("(")[1].split(")")[0]) == pytest.approx(margin, rel=0.01)
+
+
+def test_the_guarantee_says_what_a_small_dtype_does_to_it() -> None:
+    promise = "None for new text: at most 10% of these very 40 calibration sequences raise an alarm."
+    assert calibrated_by("float32", NEAR)[0].guarantee == promise
+    assert calibrated_by("bfloat16", NEAR)[0].guarantee == (
+        f"{promise} That is of scores as computed here: in bfloat16, another device, another engine or other batches may "
+        "move a score by about 0.1, and 10 of the 40 calibration sequences lie that near to the threshold."
+    )
+    assert "and 1 of the 40" in str(calibrated_by("bfloat16", SPREAD)[0].guarantee)
+    assert "may move a score by about 0.1," in str(calibrated_by("float8_e4m3fn", SPREAD)[0].guarantee)
+
+
+def test_of_probabilities_the_rounding_is_that_of_their_logits() -> None:
+    spread = 1 / (1 + np.exp(-SPREAD))
+    (threshold, told), z = calibrated_by("bfloat16", spread, pooling="score:mean"), SPREAD[35]
+    share = 1 / (1 + math.exp(-z))
+    assert threshold.unit == "probability" and told == []
+    assert f"by about {0.1 * share * (1 - share):.2g}," in str(threshold.guarantee)
+    saturated = np.concatenate([np.full(32, 0.5), np.full(8, 1 - 2**-23)])  # no rounding of logits moves these by much
+    assert calibrated_by("bfloat16", saturated, pooling="score:mean")[1] != []
+
+
+def test_a_model_of_transformer_lens_says_it_too(llama: Tiny) -> None:
+    probe = probe_for("score:max")
+    threshold = calibrate_probe(llama.bridge, probe, NEGATIVES, **LOOSE).threshold
+    assert threshold is not None and "may move" not in str(threshold.guarantee)
+    before = next(llama.bridge.parameters()).dtype
+    llama.bridge.to(torch.bfloat16)
+    try:
+        threshold = calibrate_probe(llama.bridge, probe, NEGATIVES, **LOOSE).threshold
+    finally:
+        llama.bridge.to(before)
+    assert threshold is not None and "in bfloat16, another device" in str(threshold.guarantee)
+
+
+def test_a_running_engine_of_the_other_kind_is_refused() -> None:
+    class ActivationEngine:
+        longest_prompt, pooled = 64, None
+
+    with pytest.raises(InputError, match="the model is a running ActivationEngine; expected a ProbedLLM, or the name"):
+        calibrate_probe(ActivationEngine(), probe_for("score:max"), NEGATIVES, **LOOSE)
+    with pytest.raises(InputError, match="the model is a running ProbedLLM; expected an ActivationEngine, or the name"):
+        extract_activations(StandIn("float32", [0.0]), NEGATIVES, 1)

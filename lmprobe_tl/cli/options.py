@@ -75,9 +75,9 @@ def opened(model: str | None, engine: str, arguments: dict[str, Any], kind: str,
     name = model_or_demo_name(model)
     if not arguments:
         return nullcontext(name)
-    from lmprobe_tl.activation_source import check_installed
+    from lmprobe_tl.activation_source import check_engine_arguments
 
-    check_installed()
+    check_engine_arguments(arguments, ["model", *own])
     from lmprobe_tl import vllm
 
     return getattr(vllm, kind)(name, **own, **arguments)

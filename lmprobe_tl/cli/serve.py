@@ -16,6 +16,7 @@ from lmprobe_tl.errors import EngineError, InputError
 
 MIDDLEWARE = "lmprobe_tl.vllm.server.ProbeMiddleware"
 _OURS = {"--worker-cls": "worker class", "--api-server-count": "number of API servers"}
+_ADDITIONAL = "--additional-config"
 
 
 def serve(
@@ -61,12 +62,12 @@ def additional_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     rest = iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")
-        option = option.replace("_", "-") if option.startswith("--") else option
+        option = _full_name(option)
         if option in _OURS:
             raise InputError(f"{option} is given, but with probes the {_OURS[option]} is fixed; leave it out.")
-        if option.startswith("--additional-config."):
+        if option.startswith(f"{_ADDITIONAL}."):
             raise InputError(f"{argument.split('=')[0]} is given; expected all of --additional-config as one JSON object.")
-        if option != "--additional-config":
+        if option != _ADDITIONAL:
             others.append(argument)
             continue
         text = value if equals else next(rest, "")
@@ -77,3 +78,12 @@ def additional_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         if not isinstance(found, dict):
             raise InputError(f"--additional-config is {text!r}; expected a JSON object.")
     return found, others
+
+
+def _full_name(option: str) -> str:
+    """Of one that vLLM lets a user write with underlines, cut short, or in letters."""
+    if option == "-asc":
+        return "--api-server-count"
+    name = option.replace("_", "-") if option.startswith("--") else option
+    meant = [one for one in (*_OURS, _ADDITIONAL) if len(name) > len("--") and one.startswith(name)]
+    return meant[0] if name.startswith("--") and meant else name

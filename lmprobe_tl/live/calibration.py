@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,11 @@ from lmprobe_tl.scoring import live_unit
 from lmprobe_tl.tokens import Prompt, Truncation, check_prompts, row_digest
 from lmprobe_tl.weights import ProbeWeights
 
-ROUNDING = 1e-5  # of a float32 score, relative to its size if that is above 1, between one way of batching and another
+# How far a running maximum as a logit moves with what computes it, by the model's dtype: at least, and relative to its size.
+# Of float32 between ways of batching. Of bfloat16 what `python -m benchmarks.vllm_precision` finds between a compiled graph
+# and none, and twice its last digit; float16 rounds eight times finer.
+ROUNDING = {"float64": (1e-5, 1e-5), "float32": (1e-5, 1e-5), "float16": (0.0125, 2**-10), "bfloat16": (0.1, 2**-7)}
+_FLOAT32 = ROUNDING["float32"]
 
 
 def calibrate_probe(
@@ -66,6 +71,9 @@ def calibrate_probe(
     engine: 'vllm' takes the scores from a vLLM engine, whose dtype and kernels decide their last digits, in bfloat16 the
     third: a threshold fits best where it was set. model is then a name, a folder, or a running `lmprobe_tl.vllm.ProbedLLM`,
     set up as it will serve, which has its own probes again afterwards. The record's `statistic` says so.
+
+    Where the model computes in bfloat16 or float16, on either engine, the guarantee also says how far rounding moves a
+    score, and how many of the sequences lie that near to the threshold.
 
     The threshold is in `live_unit(probe)`. Raises CalibrationError for too few sequences before the model runs, for a
     threshold that no score can reach, and for a recall below the target.
@@ -140,7 +148,9 @@ def measure_calibration(
         positives = None if positive_prompts is None else source.of(positive_prompts, progress, **tokenizing)
     unit, statistic = live_unit(weights), statistic_of(weights) + source.remark
     threshold = calibrate_threshold(negatives, goal.fpr, goal.delta, method=goal.method, unit=unit, statistic=statistic)
-    _warn_of_ties(negatives, threshold)
+    margin = rounding_of(threshold, source.dtype)
+    _warn_of_ties(negatives, threshold, margin)
+    threshold = _with_rounding(threshold, negatives, margin, source.dtype)
     if positives is None:
         return Calibration(threshold)
     recall = recall_at_threshold(positives, threshold)
@@ -150,11 +160,34 @@ def measure_calibration(
     return Calibration(threshold, recall, curve)
 
 
-def _warn_of_ties(negatives: NDArray[np.float32], threshold: ThresholdRecord) -> None:
+def rounding_of(threshold: ThresholdRecord, dtype: str) -> float:
+    """How far other batches and kernels move a score at the threshold, in its unit, where the model computes in this
+    dtype."""
+    least, relative = ROUNDING.get(dtype, max(ROUNDING.values()))
+    if threshold.unit == "logit":
+        return max(least, relative * abs(threshold.value))
+    nearest = _FLOAT32[0]
+    share = min(max(threshold.value, nearest), 1 - nearest)
+    z = math.log(share / (1 - share))
+    return max(nearest, max(least, relative * abs(z)) * share * (1 - share))
+
+
+def _with_rounding(threshold: ThresholdRecord, negatives: NDArray[np.float32], margin: float, dtype: str) -> ThresholdRecord:
+    """In a small dtype the guarantee says what rounding does to it: it is of scores as they were computed here."""
+    if ROUNDING.get(dtype) == _FLOAT32:
+        return threshold
+    near = int((np.abs(negatives - threshold.value) <= margin).sum())
+    remark = (
+        f"That is of scores as computed here: in {dtype}, another device, another engine or other batches may move a score "
+        f"by about {margin:.2g}, and {near} of the {len(negatives)} calibration sequences lie that near to the threshold."
+    )
+    return replace(threshold, guarantee=f"{threshold.guarantee} {remark}")
+
+
+def _warn_of_ties(negatives: NDArray[np.float32], threshold: ThresholdRecord, margin: float) -> None:
     """Scores move in their last digits with batch, cache and hardware. Where many sequences share one running maximum, as
     that of a first token or of a template that all begin with, they could all cross together."""
     assert threshold.rank is not None and threshold.fpr is not None
-    margin = ROUNDING * max(1.0, abs(threshold.value))
     near = int((negatives >= threshold.value - margin).sum())
     if near > max(threshold.fpr * len(negatives), len(negatives) - threshold.rank + 1):
         warnings.warn(

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmprobe_tl.activation_source import Engine, bare_model, check_engine, check_installed, engine_options
+from lmprobe_tl.activation_source import (
+    Engine,
+    bare_model_of,
+    check_installed,
+    chosen_engine,
+    engine_options,
+    model_dtype,
+    running_kind,
+)
 from lmprobe_tl.compatibility import check_compatible
-from lmprobe_tl.errors import InputError
 from lmprobe_tl.hook_points import load_model
 from lmprobe_tl.scoring import live_unit, prompt_rows, sequence_maxima
 from lmprobe_tl.tokens import Prompt
@@ -20,12 +26,13 @@ from lmprobe_tl.weights import ProbeWeights
 
 
 class LensMaxima:
-    """By a model of TransformerLens. remark: what a record adds to the name of the number."""
+    """By a model of TransformerLens. remark: what a record adds to the name of the number; dtype: in which it computes."""
 
     remark = ""
 
     def __init__(self, model: Any, weights: ProbeWeights, batching: dict[str, Any], strict: bool) -> None:
         self._model, self._weights, self._options = load_model(model), weights, {**batching, "strict": strict}
+        self.dtype = model_dtype(self._model)
 
     def of(self, prompts: Sequence[Prompt], progress: bool | None, **tokenizing: Any) -> NDArray[np.float32]:
         """[n_prompts], in `live_unit`."""
@@ -46,10 +53,10 @@ class EngineMaxima:
 
     def __init__(self, engine: Any, weights: ProbeWeights, strict: bool) -> None:
         self._engine, self._weights = engine, weights
-        self._model = bare_model(engine.model, engine.longest_prompt)
+        self._model, self.dtype = bare_model_of(engine), engine.dtype
         if strict:
             check_compatible(self._model, [weights], strict=True)
-        self.remark = f", scored by vLLM in {engine.dtype}"
+        self.remark = f", scored by vLLM in {self.dtype}"
 
     def of(self, prompts: Sequence[Prompt], progress: bool | None, **tokenizing: Any) -> NDArray[np.float32]:
         """[n_prompts], in `live_unit`."""
@@ -71,32 +78,19 @@ def maxima_source(
 
     An engine that is given scores with this probe inside the block, and with its own again after it.
     """
-    check_engine(engine)
-    is_running = hasattr(model, "replace_probes")
-    if engine == "transformer_lens" and is_running:
-        raise InputError("engine is 'transformer_lens', but the model is a vLLM engine; leave engine out.")
-    if engine != "vllm" and not is_running:
+    if chosen_engine(model, engine, "ProbedLLM") == "transformer_lens":
         batching = {"max_tokens_per_batch": max_tokens_per_batch, "batch_size": batch_size}
         yield LensMaxima(model, weights, batching, strict)
         return
-    options = engine_options(max_tokens_per_batch, batch_size)
+    is_running = running_kind(model) is not None
+    options = engine_options(max_tokens_per_batch, batch_size, is_running=is_running)
     if not is_running:
-        if not isinstance(model, (str, Path)):
-            raise InputError(
-                f"engine is 'vllm', but the model is a {type(model).__name__}; expected the name or folder of a model, or a "
-                "ProbedLLM."
-            )
         check_installed()
         from lmprobe_tl.vllm.offline import ProbedLLM
 
         with ProbedLLM(model, probes=[weights], **options) as started:
             yield EngineMaxima(started, weights, strict)
         return
-    if options:
-        raise InputError(
-            "max_tokens_per_batch and batch_size belong to an engine that is yet to be started; this one batches by its own "
-            "max_num_batched_tokens and max_num_seqs. Leave them out."
-        )
     before = model.probes
     model.replace_probes([weights])
     try:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.vllm import wire
 from lmprobe_tl.vllm.inbox import ScoreInbox
@@ -23,10 +24,19 @@ class ProbeConnection:
         self._agreement: asyncio.Task[None] | None = None
 
     async def check_agreement(self) -> None:
-        """EngineError where workers have computed different scores. Asks them once, after the first request."""
+        """EngineError where workers have computed different scores. Asks them once, after the first request, and again only
+        where they did not answer."""
         if self._agreement is None:
             self._agreement = asyncio.create_task(self._agree())
-        await asyncio.shield(self._agreement)
+        asked = self._agreement
+        try:
+            await asyncio.shield(asked)
+        except EngineError:
+            raise
+        except Exception:
+            if self._agreement is asked:
+                self._agreement = None
+            raise
 
     async def _agree(self) -> None:
         check_agreement(await states_of(self._client))

@@ -20,7 +20,7 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors as small as here threads only wait for each other
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +92,39 @@ def start(reference: Reference, probes: Any, **options: Any) -> Any:
     from lmprobe_tl.vllm import ProbedLLM
 
     return ProbedLLM(Path(reference.folder), probes=probes, **(SMALL | options))
+
+
+class SharedEngine:
+    """One engine for most of a module's tests: in one process, vLLM has room for one at a time."""
+
+    def __init__(self, start: Callable[[], Any]) -> None:
+        self._start, self._running = start, None
+
+    def get(self) -> Any:
+        if self._running is None:
+            self._running = self._start()
+        return self._running
+
+    def stop(self) -> None:
+        if self._running is not None:
+            self._running.close()
+        self._running = None
+
+
+@pytest.fixture(scope="module")
+def shared(request: pytest.FixtureRequest) -> Iterator[SharedEngine]:
+    """Of the module's own `start_shared`."""
+    one = SharedEngine(request.module.start_shared)
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def engine(shared: SharedEngine) -> Any:
+    return shared.get()
+
+
+@pytest.fixture
+def alone(shared: SharedEngine) -> None:
+    """For a test that starts an engine of its own."""
+    shared.stop()

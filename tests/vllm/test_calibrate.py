@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -63,40 +62,9 @@ def probe_of(pooling: str, name: str = "direction", hook_point: str = "blocks.3.
 POOLINGS = ["score:max", "score:ema_max(0.3)", "score:mean", "mean", "last_token"]
 
 
-class Shared:
-    """One engine for most of the tests: in one process, vLLM has room for one at a time."""
-
-    def __init__(self) -> None:
-        self._running: ProbedLLM | None = None
-
-    def get(self) -> ProbedLLM:
-        if self._running is None:
-            served = probe_of("score:max", "served")
-            self._running = ProbedLLM(MODEL_FOLDER, probes=served, dtype="float32", enforce_eager=True, **SMALL)
-        return self._running
-
-    def stop(self) -> None:
-        if self._running is not None:
-            self._running.close()
-        self._running = None
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Shared]:
-    one = Shared()
-    yield one
-    one.stop()
-
-
-@pytest.fixture
-def engine(shared: Shared) -> ProbedLLM:
-    return shared.get()
-
-
-@pytest.fixture
-def alone(shared: Shared) -> None:
-    """For a test that starts an engine of its own."""
-    shared.stop()
+def start_shared() -> ProbedLLM:
+    served = probe_of("score:max", "served")
+    return ProbedLLM(MODEL_FOLDER, probes=served, dtype="float32", enforce_eager=True, **SMALL)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -214,3 +182,20 @@ def test_the_command_calibrates_and_extracts_with_an_engine(
     )
     reference = extract_activations(model, NEGATIVES, [1, 4], "mean").concatenated()
     torch.testing.assert_close(opened.values(), reference, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ('{"dtpye": "float32"}', "'dtpye' is no argument of an engine of vLLM .*Did you mean 'dtype'"),
+        ('{"model": "x"}', "'model' is among the engine's arguments, but it is set already"),
+        ('{"probes": []}', "'probes' is among the engine's arguments, but it is set already"),
+    ],
+)
+def test_arguments_that_no_engine_has_are_refused_before_one_starts(arguments: str, message: str, tmp_path: Path) -> None:
+    probe, texts = tmp_path / "probe.safetensors", tmp_path / "texts.txt"
+    probe_of("score:max").save(probe)
+    texts.write_text("\n".join(NEGATIVES))
+    given = ["--fpr", "0.05", "--engine", "vllm", "--engine-args", arguments]
+    with pytest.raises(InputError, match=message):
+        app(["calibrate", str(probe), str(texts), *given], standalone_mode=False)

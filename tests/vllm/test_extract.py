@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import SharedEngine
 
 from lmprobe_tl import ActivationStore, extract_activations, extract_to_store, merge_stores
 from lmprobe_tl.demo import MODEL_FOLDER, load_demo_model
@@ -57,40 +57,9 @@ def model() -> Any:
     return load_demo_model()
 
 
-class Shared:
-    """One engine for most of the tests: in one process, vLLM has room for one at a time."""
-
-    def __init__(self) -> None:
-        self._running: ActivationEngine | None = None
-
-    def get(self) -> ActivationEngine:
-        if self._running is None:
-            points = ["blocks.0.hook_resid_pre", 0, 1, 2, 3, 4, -1]
-            self._running = ActivationEngine(MODEL_FOLDER, points, enforce_eager=True, **SMALL)
-        return self._running
-
-    def stop(self) -> None:
-        if self._running is not None:
-            self._running.close()
-        self._running = None
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Shared]:
-    one = Shared()
-    yield one
-    one.stop()
-
-
-@pytest.fixture
-def engine(shared: Shared) -> ActivationEngine:
-    return shared.get()
-
-
-@pytest.fixture
-def alone(shared: Shared) -> None:
-    """For a test that starts an engine of its own."""
-    shared.stop()
+def start_shared() -> ActivationEngine:
+    points = ["blocks.0.hook_resid_pre", 0, 1, 2, 3, 4, -1]
+    return ActivationEngine(MODEL_FOLDER, points, enforce_eager=True, **SMALL)
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -405,7 +374,7 @@ def test_a_killed_run_goes_on_where_it_stopped(engine: ActivationEngine, tmp_pat
     assert found.manifest.differences(expected.manifest) == []
 
 
-def test_other_weights_are_another_store(shared: Shared, tmp_path: Path) -> None:
+def test_other_weights_are_another_store(shared: SharedEngine, tmp_path: Path) -> None:
     folder = tmp_path / MODEL_FOLDER.name
     folder.mkdir()
     for file in MODEL_FOLDER.iterdir():

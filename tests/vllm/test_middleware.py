@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmprobe_tl import ProbeWeights
+from lmprobe_tl.errors import EngineError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
+from lmprobe_tl.vllm import _compat, wire
 from lmprobe_tl.vllm import inbox as inbox_module
-from lmprobe_tl.vllm import wire
 from lmprobe_tl.vllm.connection import ProbeConnection
 from lmprobe_tl.vllm.inbox import ScoreInbox
 from lmprobe_tl.vllm.server import ProbeMiddleware
@@ -46,6 +47,7 @@ class Served:
         self.bodies: list[bytes] = []
         self.headers: list[dict[bytes, bytes]] = []
         self.sent: list[dict[str, Any]] = []
+        self.n_read = 0
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         body = b""
@@ -97,6 +99,7 @@ class Served:
         ]
 
         async def receive() -> Any:
+            self.n_read += 1
             return messages.pop(0)
 
         async def send(message: dict[str, Any]) -> None:
@@ -189,6 +192,31 @@ def test_several_prompts_with_several_completions() -> None:
     assert [one["probe_scores"]["p"][2] for one in scored(body)] == [-10.0, -11.0, -12.0, -13.0]
 
 
+@pytest.mark.parametrize("n", ["2", "2.0", 2.0, 2])
+def test_numbers_of_completions_are_read_as_vllm_reads_them(n: Any) -> None:
+    def script(body: bytes, served: Served) -> Any:
+        for index in range(2):
+            served.arrive([-1.0, -1.0, -10.0 - index], name=f"{index}_")
+        return reply({"choices": [choice(index=index) for index in range(2)]})
+
+    _, _, body = Served(script).post({"prompt": "a", "n": n})
+    assert [one["probe_scores"]["p"][2] for one in scored(body)] == [-10.0, -11.0]
+
+
+@pytest.mark.parametrize("value", ["false", 0, "off", False, None])
+def test_flags_are_read_as_vllm_reads_them(value: Any) -> None:
+    def script(body: bytes, served: Served) -> Any:
+        assert json.loads(body)["return_token_ids"] is True, "for echo alone it is left out"
+        served.arrive([-1.0, -1.0, -1.0])
+        return reply({"choices": [choice()]})
+
+    flags = dict.fromkeys(["use_beam_search", "echo", "return_token_ids", "ignore_eos", "min_tokens"], value)
+    if value == "off":
+        flags["min_tokens"] = "0"
+    (found,) = scored(Served(script).post({"prompt": "a", "probe_stop": True} | flags)[2])
+    assert found["probe_scores"]["p"] == [-1.0, -1.0, -1.0] and found["token_ids"] is None
+
+
 def test_scores_of_positions_beyond_the_answer_are_left_out() -> None:
     """A stop string ends a request after the engine has gone on."""
 
@@ -243,6 +271,12 @@ def test_who_stopped_it(last: int, stopped_by: str | None) -> None:
         ({"probe_stop": 1}, "probe_stop is 1; expected true or false.", True),
         ({"probe_stop": True, "ignore_eos": True}, "which ignore_eos=True makes vLLM ignore", True),
         ({"probe_stop": True, "min_tokens": 3}, "which min_tokens=3 makes vLLM ignore", True),
+        ({"probe_stop": True, "ignore_eos": "true"}, "which ignore_eos='true' makes vLLM ignore", True),
+        ({"probe_stop": True, "min_tokens": "3"}, "which min_tokens='3' makes vLLM ignore", True),
+        ({"probe_stop": True, "response_format": {"type": "json_object"}}, "the grammar of response_format", True),
+        ({"probe_stop": True, "structured_outputs": {"regex": "a+"}}, "the grammar of structured_outputs", True),
+        ({"probe_stop": True, "tool_choice": "required"}, "the grammar of tool_choice", True),
+        ({"probe_stop": True, "tool_choice": {"type": "function"}}, "the grammar of tool_choice", True),
         ({"probe_stop": True, "use_beam_search": True}, "do not go with it", True),
         ({"probe_stop": True}, "needs the probes on the last pipeline stage", False),
     ],
@@ -255,6 +289,74 @@ def test_fields_that_cannot_be_used_are_refused(fields: dict[str, Any], message:
     assert status == 400 and headers[b"content-length"] == str(len(body)).encode()
     assert message in error.pop("message")
     assert error == {"type": "BadRequestError", "param": param, "code": 400}
+
+
+@pytest.mark.parametrize("fields", [{"response_format": {"type": "text"}}, {"tool_choice": "auto"}, {"tool_choice": "none"}])
+def test_a_free_answer_can_be_stopped(fields: dict[str, Any]) -> None:
+    served = Served(lambda body, served: reply({"error": 1}, status=400))
+    served.post({"prompt": "a", "probe_stop": True} | fields)
+    assert json.loads(served.bodies[0])["vllm_xargs"]["probe_stop"] == 1
+
+
+def test_a_refusal_does_not_repeat_all_that_was_sent() -> None:
+    _, _, body = Served(lambda body, served: []).post({"prompt": "a", "probe_scores": "x" * 100_000})
+    assert len(body) < 500
+
+
+class Layer:
+    """As the server's other middlewares stand around an application."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, *call: Any) -> None:
+        await self.app(*call)
+
+
+@pytest.mark.parametrize("key", [None, b"Bearer wrong", b"Bearer right"])
+@pytest.mark.parametrize("fields", [{}, {"probe_stop": "no flag"}])
+def test_who_has_no_key_is_refused_unread(key: bytes | None, fields: dict[str, Any]) -> None:
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    def script(body: bytes, served: Served) -> Any:
+        served.arrive([-1.0, -1.0, -1.0])
+        return reply({"choices": [choice()]})
+
+    served = Served(script)
+    served.app = Layer(AuthenticationMiddleware(served.app, ["right"]))  # type: ignore[assignment,arg-type]
+    headers = [JSON] if key is None else [JSON, (b"authorization", key)]
+    status, _, body = served.post({"prompt": "a"} | fields, headers=headers)
+    if key == b"Bearer right":
+        assert status == 400 if fields else scored(body)[0]["probe_scores"]["p"] == [-1.0, -1.0, -1.0]
+    else:
+        assert (status, json.loads(body)) == (401, {"error": "Unauthorized"})
+        assert served.n_read == 0
+
+
+def test_the_check_of_keys_is_found_behind_vllms_own_layers() -> None:
+    from fastapi import FastAPI
+    from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+
+    def allows(keys: list[str], authorization: bytes) -> bool:
+        app = FastAPI()
+        everything = ["*"]
+        arguments = SimpleNamespace(
+            allowed_origins=everything,
+            allow_credentials=False,
+            allowed_methods=everything,
+            allowed_headers=everything,
+            api_key=keys,
+            enable_request_id_headers=True,
+            middleware=["lmprobe_tl.vllm.server.ProbeMiddleware"],
+        )
+        init_entrypoints_middleware(arguments, app, ("generate",))  # type: ignore[arg-type]
+        layer = app.build_middleware_stack()
+        while not isinstance(layer, ProbeMiddleware):
+            layer = layer.app  # type: ignore[attr-defined]
+        return _compat.is_authorised(layer._app, {"headers": [(b"authorization", authorization)]})
+
+    assert [allows(["right"], b"Bearer " + key) for key in (b"wrong", b"right")] == [False, True]
+    assert allows([], b"Bearer wrong"), "where no key is asked for, all may come in"
 
 
 @pytest.mark.parametrize(
@@ -425,6 +527,55 @@ def test_counters_follow_packets() -> None:
 
     metrics = ProbeMetrics(PLAN)
     before = values()
-    for n_scored, n_unknown, n_crossed in [(5, 0, 0), (9, 2, 1), (9, 2, 1)]:
+    for n_scored, n_unknown, n_crossed in [(5, 0, 0), (9, 2, 1), (9, 2, 1), (4, 0, 0)]:  # the last: probes loaded anew
         metrics(wire.Packet([], b"", b"", [], [], n_scored, n_unknown, [n_crossed]))
-    assert [now - then for now, then in zip(values(), before, strict=True)] == [9, 2, 1]
+    assert [now - then for now, then in zip(values(), before, strict=True)] == [13, 2, 1]
+
+
+def test_workers_that_did_not_answer_are_asked_again() -> None:
+    answers: list[Any] = [TimeoutError("busy"), [1.0], [2.0]]
+
+    class Slow:
+        async def collective_rpc(self, method: str) -> list[bytes]:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return [wire.encode(wire.State(0, 0, 0, 0, 0, 0, answer))]
+
+    async def ask() -> None:
+        inbox = ScoreInbox(PLAN.n_columns)
+        connection = ProbeConnection(Slow(), PLAN, inbox, True, END)
+        try:
+            with pytest.raises(TimeoutError):
+                await connection.check_agreement()
+            for _ in range(3):
+                await connection.check_agreement()
+        finally:
+            await inbox.close()
+
+    asyncio.run(ask())
+    assert len(answers) == 1
+
+
+def test_workers_that_disagree_are_not_asked_again() -> None:
+    class Wrong:
+        n_asked = 0
+
+        async def collective_rpc(self, method: str) -> list[bytes]:
+            self.n_asked += 1
+            return [wire.encode(wire.State(0, 0, 0, 0, 0, 0, [score])) for score in (1.0, 2.0)]
+
+    client = Wrong()
+
+    async def ask() -> None:
+        inbox = ScoreInbox(PLAN.n_columns)
+        connection = ProbeConnection(client, PLAN, inbox, True, END)
+        try:
+            for _ in range(2):
+                with pytest.raises(EngineError, match="workers disagree on the scores"):
+                    await connection.check_agreement()
+        finally:
+            await inbox.close()
+
+    asyncio.run(ask())
+    assert client.n_asked == 1

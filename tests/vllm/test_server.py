@@ -177,6 +177,19 @@ def test_an_alarm_stops_it(server: Server, streams: bool) -> None:
     assert len(choice["token_ids"]) == max(1, first["position"] - n_prompt + 2)
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_an_alarm_stops_it_with_log_probabilities(server: Server, path: str) -> None:
+    if path == CHAT:
+        what = {"messages": [{"role": "user", "content": "def f(a):"}], "logprobs": True, "top_logprobs": 1}
+    else:
+        what = {"prompt": "def f(a):", "logprobs": 1}
+    choice = server.post(path, ask(probe_stop=True, **what)).json()["choices"][0]
+    assert choice["probe_stopped_by"] is not None and choice["finish_reason"] == "stop"
+    logprobs = choice["logprobs"]
+    told = [one["token"] for one in logprobs["content"]] if path == CHAT else logprobs["tokens"]
+    assert len(told) == len(choice["token_ids"]) and told[-1] == "<|eos|>"
+
+
 def test_malformed_requests_leave_the_server_alive(server: Server, reference: Reference) -> None:
     bad: list[tuple[Any, int]] = [
         (b'{"model": "demo", "prompt', 400),
@@ -282,6 +295,10 @@ def test_bad_arguments_are_refused_at_once(run_serve: Callable[..., tuple[int, s
         (["--probe", str(tmp_path / "none.safetensors")], "none.safetensors"),
         (["--probe", good, "--worker-cls", "x.Y"], "--worker-cls is given, but with probes the worker class is fixed"),
         (["--probe", good, "--api_server_count=2"], "--api-server-count is given"),
+        (["--probe", good, "-asc", "2"], "--api-server-count is given"),
+        (["--probe", good, "--api-server-c", "2"], "--api-server-count is given"),
+        (["--probe", good, "--worker-c", "x.Y"], "--worker-cls is given"),
+        (["--probe", good, "--additional-c", "[1]"], "--additional-config is '[1]'; expected a JSON object"),
         (["--probe", good, "--additional-config", "[1]"], "--additional-config is '[1]'; expected a JSON object"),
         (["--probe", good, "--additional-config.a", "1"], "--additional-config.a is given"),
     ]:

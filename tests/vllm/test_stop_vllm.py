@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -51,6 +52,19 @@ def test_a_request_ends_in_the_step_of_its_alarm(demo: Reference, mode: str) -> 
             assert output.stopped_by == ("p" if stopped else None)
             assert completion.finish_reason == ("stop" if text[-1] == demo.tokenizer.eos_token_id else "length")
             assert len(output.probe_scores["p"]) == len(output.prompt_token_ids) + len(text) - 1
+        # The token that ends it stands first among the log probabilities, as a sampled one does.
+        sampling = SamplingParams(max_tokens=MOST, temperature=0, logprobs=3)
+        for output, (text, _, stopped) in zip(
+            engine.generate(prompts, sampling, use_tqdm=False, stop=True), expected, strict=True
+        ):
+            (completion,) = output.outputs
+            assert [next(iter(step)) for step in completion.logprobs] == list(completion.token_ids) == text
+            for at, step in enumerate(completion.logprobs):
+                likely, found = sorted(one.logprob for one in step.values())[-3:], step[text[at]].logprob
+                if stopped and at == len(text) - 1:
+                    assert found == -math.inf if len(step) > 3 else found in likely
+                else:
+                    assert found == likely[-1]  # greedy
         # The next call of the same engine does not stop.
         outputs = engine.generate(prompts, SamplingParams(max_tokens=MOST, temperature=0), use_tqdm=False)
         assert [list(output.outputs[0].token_ids) for output in outputs] == texts

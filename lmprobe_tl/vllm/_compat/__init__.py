@@ -7,9 +7,11 @@ request ids are extended; and in `blocks`, the modules of decoder models.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lmprobe_tl.errors import EngineError
+from lmprobe_tl.errors import EngineError, InputError
 from lmprobe_tl.vllm.steps import CacheLayout, NewRequest, ReturningRequest, Step
 
 try:
@@ -36,6 +38,21 @@ def check_version() -> None:
     if not OLDEST <= found < NEXT:
         low, high = (".".join(map(str, one)) for one in (OLDEST, NEXT))
         raise EngineError(f"vLLM is {vllm.__version__}; probes run inside vllm>={low},<{high}. Install one of these.")
+
+
+def check_arguments(arguments: Mapping[str, Any], taken: Collection[str]) -> None:
+    """InputError for arguments that an engine does not have, or that its caller has given already."""
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {*EngineArgs.__dataclass_fields__, *inspect.signature(LLM.__init__).parameters} - {"self", "kwargs"}
+    for name in arguments:
+        if name in taken:
+            raise InputError(f"{name!r} is among the engine's arguments, but it is set already; leave it out.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = f" Did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"{name!r} is no argument of an engine of vLLM {version()}.{meant}")
 
 
 def version() -> str:
@@ -160,7 +177,22 @@ def end_requests(output: Any, ends: Mapping[str, int]) -> Any:
         index = output.req_id_to_index.get(request_id)
         if index is not None and index < len(output.sampled_token_ids) and len(output.sampled_token_ids[index]):
             output.sampled_token_ids[index] = [token]
+            if output.logprobs is not None:
+                output.logprobs = _logprobs_of_end(output.logprobs, index, token)
     return output
+
+
+def _logprobs_of_end(found: Any, index: int, token: int) -> Any:
+    """Log probabilities of a step, first of the sampled token and then of the most likely ones, with `token` as the sampled
+    one of a request. The server looks for it there. Where it is not among the most likely, its own is not known: -inf."""
+    row = index if found.cu_num_generated_tokens is None else found.cu_num_generated_tokens[index]
+    tokens, values, ranks = (part.copy() for part in found[:3])
+    places = (tokens[row, 1:] == token).nonzero()[0]
+    if tokens[row, 0] != token:
+        tokens[row, 0] = token
+        values[row, 0] = values[row, 1 + places[0]] if len(places) else float("-inf")
+        ranks[row] = 1 + places[0] if len(places) else 0
+    return found._replace(logprob_token_ids=tokens, logprobs=values, sampled_token_ranks=ranks)
 
 
 def is_pending(output: Any) -> bool:
@@ -304,3 +336,21 @@ def shut_down(llm: Any) -> None:
 
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
+
+
+# --- the server --------------------------------------------------------------------------------------------------------
+
+
+def is_authorised(app: Any, scope: Mapping[str, Any]) -> bool:
+    """Whether the server's own check of API keys, in the layers of an ASGI application, lets a request through.
+
+    Middlewares that are named on the command line run before it.
+    """
+    from starlette.datastructures import Headers
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    while app is not None:
+        if isinstance(app, AuthenticationMiddleware):
+            return app.verify_token(Headers(raw=list(scope["headers"])))
+        app = getattr(app, "app", None)
+    return True

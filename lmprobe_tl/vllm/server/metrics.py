@@ -13,7 +13,7 @@ _ALARMS = Counter("lmprobe_alarms", "Requests whose running score has reached th
 
 
 class ProbeMetrics:
-    """Follows the counts in the packets of one engine, which only grow."""
+    """Follows the counts in the packets of one engine, which grow, and begin at 0 again where its probes are loaded anew."""
 
     def __init__(self, plan: ScoringPlan) -> None:
         self._alarms = [_ALARMS.labels(line.probe) for line in plan.watches.lines]
@@ -21,8 +21,12 @@ class ProbeMetrics:
         self._crossed = [0] * len(self._alarms)
 
     def __call__(self, packet: wire.Packet) -> None:
-        _SCORED.inc(packet.n_scored - self._scored)
-        _UNKNOWN.inc(packet.n_unknown - self._unknown)
+        _SCORED.inc(_more(packet.n_scored, self._scored))
+        _UNKNOWN.inc(_more(packet.n_unknown, self._unknown))
         for counter, now, before in zip(self._alarms, packet.n_crossed, self._crossed, strict=False):
-            counter.inc(now - before)
+            counter.inc(_more(now, before))
         self._scored, self._unknown, self._crossed = packet.n_scored, packet.n_unknown, packet.n_crossed
+
+
+def _more(now: int, before: int) -> int:
+    return now - before if now >= before else now

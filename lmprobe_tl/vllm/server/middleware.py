@@ -11,6 +11,7 @@ from typing import Any
 from lmprobe_tl.errors import EngineError
 from lmprobe_tl.given_probes import as_probes
 from lmprobe_tl.live.scoring_plan import ScoringPlan
+from lmprobe_tl.vllm import _compat
 from lmprobe_tl.vllm.connection import ProbeConnection, connect
 from lmprobe_tl.vllm.server.choices import ScoredAnswer
 from lmprobe_tl.vllm.server.metrics import ProbeMetrics
@@ -44,7 +45,10 @@ class ProbeMiddleware:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
         elif scope["type"] == "http" and scope["method"] == "POST" and _path_of(scope) in PREFIXES and _is_json(scope):
-            await self._answer(scope, receive, send)
+            if _compat.is_authorised(self._app, scope):
+                await self._answer(scope, receive, send)
+            else:  # vLLM refuses it, unread
+                await self._app(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
