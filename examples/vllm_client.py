@@ -25,7 +25,7 @@ def main(url: str, prompt: str) -> None:
     print(choice.text)
     for name, logits in choice.probe_scores.items():
         known = [f"{logit:.2f}" for logit in logits if logit is not None]
-        print(f"{name}: {len(known)} positions, the last {known[-1]}; running {choice.probe_running[name]:.3f}")
+        print(f"{name}: {len(known)} positions with a score, the last {known[-1:]}; running {choice.probe_running[name]}")
     for alarm in choice.probe_alarms:
         print(f"alarm of {alarm['probe']} at position {alarm['position']}: {alarm['score']:.3f} {alarm['unit']}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import zmq.asyncio
 from lmprobe_tl.errors import EngineError, InputError
 from lmprobe_tl.vllm import _compat, wire
 
+_CHILD = re.compile(r"(\d+)_(.+)", re.DOTALL)
 SECONDS_TO_WAIT = 2.0  # for scores of a request that is over; they are usually there before its last token
 _FIRST_POSITIONS = 64
 
@@ -53,9 +55,11 @@ class ReceivedScores:
 
 @dataclass
 class _Expected:
-    """A request by the client's name. changed: set whenever something of it has come."""
+    """A request by the client's name. changed: set whenever something of it has come; gave_up: whether a wait was in vain,
+    so that its other completions wait no longer."""
 
     n: int
+    gave_up: bool = False
     completions: dict[int, ReceivedScores] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -94,10 +98,17 @@ class ScoreInbox:
     def expect(self, name: str, n: int) -> None:
         """Keep the scores of the request that the client calls `name`, of n completions, from its first step on.
 
-        InputError where a request of this name is running.
+        InputError where a request of this name is running, or one that the engine could not tell from its completions.
         """
         if name in self._expected:
             raise InputError(f"request_id is {name!r}, and a request of this name is running; use another.")
+        child = _CHILD.fullmatch(name)  # as the engine calls completion 1 of "a" if it has several
+        of_other = child is not None and child[2] in self._expected and int(child[1]) < self._expected[child[2]].n > 1
+        if of_other or (n > 1 and any(f"{index}_{name}" in self._expected for index in range(n))):
+            raise InputError(
+                f"request_id is {name!r}, and beside a request that is running, vLLM's names of completions would "
+                "be the same; use another."
+            )
         self._expected[name] = _Expected(n)
 
     def forget(self, name: str) -> None:
@@ -112,6 +123,8 @@ class ScoreInbox:
         """Until all positions of a completion have come, or, with None, all that will; but no longer than `seconds`."""
         self._check_receiving()
         request = self._expected[name]
+        if _is_complete(request.completions.get(index), n_positions):
+            return
 
         async def complete() -> None:
             while not _is_complete(request.completions.get(index), n_positions):
@@ -119,8 +132,9 @@ class ScoreInbox:
                 await request.changed.wait()
 
         try:
-            await asyncio.wait_for(complete(), seconds)
+            await asyncio.wait_for(complete(), 0 if request.gave_up else seconds)
         except TimeoutError:
+            request.gave_up = True
             found = request.completions.get(index)
             self.n_late += max(1, (n_positions or 0) - (0 if found is None else found.n))
 

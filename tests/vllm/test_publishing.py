@@ -268,3 +268,34 @@ def test_a_worker_that_reaches_nobody_says_so(monkeypatch: pytest.MonkeyPatch, t
 )
 def test_names_of_clients(request_id: str, names: list[Any]) -> None:
     assert list(client_names(request_id)) == names
+
+
+def test_names_that_would_be_mixed_up_are_refused() -> None:
+    async def test(inbox: ScoreInbox) -> None:
+        inbox.expect("5", 3)
+        with pytest.raises(InputError, match="request_id is '2_5', and beside a request that is running"):
+            inbox.expect("2_5", 1)
+        inbox.expect("3_5", 1)  # there is no completion 3
+        inbox.expect("1_6", 1)
+        with pytest.raises(InputError, match="request_id is '6'"):
+            inbox.expect("6", 2)
+        inbox.expect("6", 1)
+        inbox.forget("5")
+        inbox.expect("2_5", 1)
+
+    run(test)
+
+
+def test_a_request_waits_in_vain_but_once() -> None:
+    async def test(inbox: ScoreInbox) -> None:
+        worker, sender = Worker(), ScorePublisher(inbox.address)
+        inbox.expect("a", 100)
+        sender.publish(worker.book, worker.step({"99_a-00000001": 3}))
+        started = asyncio.get_running_loop().time()
+        for index in range(100):
+            await inbox.wait("a", index, 3, seconds=0.2)
+        assert asyncio.get_running_loop().time() - started < 10  # 100 waits would be 20 s
+        assert inbox.received("a")[99].n == 3
+        assert inbox.n_late == 99 * 3, "what had come is not late"
+
+    run(test)
