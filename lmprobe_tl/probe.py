@@ -17,7 +17,10 @@ from lmprobe_tl.artefact import artefact_of, pooling_name
 from lmprobe_tl.calibration import Calibration
 from lmprobe_tl.errors import InputError, PoolingMismatchWarning
 from lmprobe_tl.estimators import make_classifier
+from lmprobe_tl.estimators.contrast import check_contrast, check_paired
 from lmprobe_tl.estimators.fitting import fit_classifier
+from lmprobe_tl.estimators.layer_stack import with_n_blocks
+from lmprobe_tl.estimators.pairs import last_step
 from lmprobe_tl.estimators.streaming import can_stream, fit_blocks, fit_features
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
 from lmprobe_tl.extraction import extract_rows
@@ -57,8 +60,9 @@ class Probe(ClassifierMixin, BaseEstimator):
     pooling: for training and inference; `train_pooling` and `inference_pooling` win over it. Training takes 'last_token',
     'mean', 'first_token', 'eos', 'all' (each token an example) or a callable; inference takes these, 'max' and 'min' of
     scores, every form with a 'score:' or 'activation:' prefix, and the streaming reductions, as 'score:ema_max(0.5)'.
-    classifier: 'logistic_regression', 'ridge', 'lda', 'mass_mean', 'mass_mean_whitened', or any scikit-learn classifier;
-        only one with a linear rule can be saved.
+    classifier: 'logistic_regression', 'ridge', 'lda', 'mass_mean', 'mass_mean_whitened', 'stacking' (a classifier a hook
+        point, and one on their logits), 'pca' and 'ccs' (on pairs: the i-th prompt of each class), or any scikit-learn
+        classifier; only one with a linear rule can be saved.
     include_bos: let a leading BOS count where it does not ('mean', 'max', 'min', 'all', callables).
     equal_prompt_weight: with train_pooling 'all', let every prompt weigh the same, not every token.
     prepend_bos, max_length, truncation: how prompts become tokens; see `tokenize_prompts`.
@@ -170,7 +174,8 @@ class Probe(ClassifierMixin, BaseEstimator):
             check_classes(labels)
         model = load_model(self.model)
         names = resolve_hook_points(model, self.hook_points)
-        classifier = make_classifier(self.classifier, self.random_state)
+        classifier = with_n_blocks(make_classifier(self.classifier, self.random_state), len(names))
+        check_paired(classifier, labels, per_token=train == "all")
         rows = self._tokenize(model, prompts)
         lengths = counted_lengths(rows, bos_id(model), self.include_bos)
         if train == "all":
@@ -219,7 +224,7 @@ class Probe(ClassifierMixin, BaseEstimator):
             max_length=self.max_length,
             truncation=self.truncation,
         )
-        classifier = make_classifier(self.classifier, self.random_state)
+        classifier = with_n_blocks(make_classifier(self.classifier, self.random_state), len(names))
         examples = StoreExamples(
             store,
             names,
@@ -228,6 +233,7 @@ class Probe(ClassifierMixin, BaseEstimator):
             centre=normalization(model) == "layernorm",
             equal_prompt_weight=self.equal_prompt_weight,
         )
+        check_paired(classifier, examples.labels, per_token=train == "all")
         if can_stream(self.classifier):
             fitted = fit_blocks(self.classifier, classifier, examples.blocks, examples.classes)
         else:
@@ -267,10 +273,19 @@ class Probe(ClassifierMixin, BaseEstimator):
         )
         return self
 
-    def fit_contrast(self, positive: Sequence[Prompt], negative: Sequence[Prompt]) -> Probe:
-        """Fit on two lists of prompts; the classes are 0 (negative) and 1 (positive)."""
+    def fit_contrast(self, positive: Sequence[Prompt], negative: Sequence[Prompt], *, truth: Any = None) -> Probe:
+        """Fit on two lists of prompts; the classes are 0 (negative) and 1 (positive).
+
+        For 'pca' and 'ccs' the i-th prompts of both lists make a pair, so that they must be equally long. truth, for 'ccs'
+        alone: [n_pairs], whether the positive is the true one, which decides that class 1 means true; without it 'ccs' may
+        mean either.
+        """
         positive, negative = check_prompts(positive), check_prompts(negative)
-        return self.fit([*negative, *positive], [0] * len(negative) + [1] * len(positive))
+        check_contrast(make_classifier(self.classifier, self.random_state), len(positive), len(negative), truth)
+        self.fit([*negative, *positive], [0] * len(negative) + [1] * len(positive))
+        if truth is not None:
+            last_step(self.classifier_).orient(truth)
+        return self
 
     def _tokenize(self, model: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
         return tokenize_prompts(

@@ -13,10 +13,22 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.estimators.ccs import CcsClassifier
+from lmprobe_tl.estimators.layer_stack import LayerStackClassifier
 from lmprobe_tl.estimators.linear_rule import LinearRule, linear_rule
 from lmprobe_tl.estimators.mass_mean import MassMeanClassifier
+from lmprobe_tl.estimators.pca import PcaClassifier
 
-__all__ = ["CLASSIFIERS", "LinearRule", "MassMeanClassifier", "linear_rule", "make_classifier"]
+__all__ = [
+    "CLASSIFIERS",
+    "CcsClassifier",
+    "LayerStackClassifier",
+    "LinearRule",
+    "MassMeanClassifier",
+    "PcaClassifier",
+    "linear_rule",
+    "make_classifier",
+]
 
 _C = 0.03
 
@@ -58,12 +70,30 @@ def _mass_mean_whitened(random_state: int | None) -> BaseEstimator:
     return MassMeanClassifier(covariance=True)
 
 
+def _pca(random_state: int | None) -> BaseEstimator:
+    """The main direction of the differences of pairs; nothing in it is random."""
+    return PcaClassifier()
+
+
+def _ccs(random_state: int | None) -> BaseEstimator:
+    """Contrast-consistent search on pairs."""
+    return CcsClassifier(random_state=random_state)
+
+
+def _stacking(random_state: int | None) -> BaseEstimator:
+    """A logistic regression a layer, and one on their logits."""
+    return LayerStackClassifier(random_state=random_state)
+
+
 CLASSIFIERS: dict[str, Callable[[int | None], BaseEstimator]] = {
+    "ccs": _ccs,
     "lda": _lda,
     "logistic_regression": _logistic_regression,
     "mass_mean": _mass_mean,
     "mass_mean_whitened": _mass_mean_whitened,
+    "pca": _pca,
     "ridge": _ridge,
+    "stacking": _stacking,
 }
 
 

@@ -21,21 +21,20 @@ Array: TypeAlias = NDArray[np.float64]
 
 
 class CcsClassifier(PairedClassifier):
-    """A linear classifier that finds what is true of one text of each pair and false of the other, and is not told of which.
+    """A linear classifier that finds what is true of one text of a pair and false of the other, and is not told of which.
 
     The classes are the two sides of a pair ("... Yes" and "... No", a statement and its negation), and say nothing about
-    truth: of some pairs the positive side must be true, of others the negative one. With z the logit, each side measured from
-    its own mean, and p = sigmoid(z), it minimises the mean over pairs of (p+ + p- - 1)^2 + min(p+, p-)^2, plus
+    truth: of some pairs the positive side must be true, of others the negative one. With z the logit, each side measured
+    from its own mean, and p = sigmoid(z), it minimises the mean over pairs of (p+ + p- - 1)^2 + min(p+, p-)^2, plus
     l2 |w|^2 / 2 with features in units of the root mean square of half a pair's difference; the best of n_restarts random
     starts. z has no bias: the loss would use it to put all probabilities near 0.4, which costs less than 0.5.
 
     Each side's mean is taken off, or what tells the sides apart would be found in place of truth. **If all positives are
-    true, that takes the truth away, too**; use 'pca' or 'mass_mean' there. A text in use has no side, so that one rule serves
-    all: z = w . (x - m), with m halfway between the two means. Against the rule of its side a text is off by w . (the
-    difference of the means) / 2, which is small where all that the sides differ by is constant: w has no part outside the
-    span of the variation about the means. (To make w orthogonal to that difference would make it 0, and costs more than
-    it gives where the truth is more often on one side: AUROC 0.78 in place of 0.83 on Gaussian pairs, 70 % of them with a true
-    positive.)
+    true, that takes the truth away, too**; use 'pca' or 'mass_mean' there. A text in use has no side, so that one rule
+    serves all: z = w . (x - m), with m halfway between the two means. From the rule of its side a text is off by half of
+    w . (the difference of the means), which is small where that difference is the same in all pairs: w has no part outside
+    the span of the variation about the means. (A w orthogonal to the difference would not be off at all, but loses what the
+    truth shares with it: on Gaussian pairs, 70 % of them with a true positive, AUROC 0.78 in place of 0.84.)
 
     The loss does not tell truth from falsehood, so that which of them classes_[1] means is arbitrary: `fit` takes the one
     that makes more positives than negatives stand above their side's mean; `orient` decides it by labels.
@@ -68,9 +67,10 @@ class CcsClassifier(PairedClassifier):
         axes = axes[lengths > 1e-9 * lengths[0]]
         found, self.loss_ = self._search(examples @ axes.T / unit)
         coef = found @ axes / unit
-        self.coef_, self.pair_gaps_ = coef[None], (examples[n_pairs:] - examples[:n_pairs]) @ coef
+        self.coef_ = coef[None]
+        self.pair_gaps_: Array = (examples[n_pairs:] - examples[:n_pairs]) @ coef
         self.intercept_ = -self.coef_ @ ((means[0] + means[1]) / 2)
-        self._orient(np.ones(n_pairs))
+        self._orient(np.ones(n_pairs, dtype=np.float64))
 
     def _search(self, examples: Array) -> tuple[Array, float]:
         """Weights [n_features] and loss of the best start; examples: the negatives and then the positives."""
@@ -95,7 +95,7 @@ class CcsClassifier(PairedClassifier):
         self._orient(2.0 * check_truth(truth, len(self.pair_gaps_)) - 1.0)
         return self
 
-    def _orient(self, signs: Array) -> None:
+    def _orient(self, signs: NDArray[Any]) -> None:
         """Turn the rule over if more pairs have a gap against their sign [n_pairs] than along with it."""
         along = signs * self.pair_gaps_
         if (np.sign(along).sum() or along.sum()) < 0:
@@ -125,9 +125,9 @@ def check_truth(truth: Any, n_pairs: int) -> NDArray[np.bool_]:
         )
     if len(np.unique(values)) < 2:
         raise InputError(
-            f"truth says that of all {n_pairs} pairs the {'positive' if values[0] else 'negative'} is the true one. 'ccs' takes "
-            "away what all pairs share, and with it the truth of these. Swap positive and negative in some pairs, or use "
-            "'pca' or 'mass_mean'."
+            f"truth says that of all {n_pairs} pairs the {'positive' if values[0] else 'negative'} is the true one. 'ccs' "
+            "takes away what all pairs share, and so the truth of these. Give pairs of both kinds, or use 'pca' or "
+            "'mass_mean'."
         )
     return values.astype(bool)
 

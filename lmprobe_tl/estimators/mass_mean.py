@@ -78,9 +78,7 @@ class MassMeanClassifier(LinearClassifier):
             scores.append((block.features - midpoint) @ directions.T + offsets)
             class_index.append(block.classes)
             weight.append(np.ones(len(block.classes)) if block.weight is None else block.weight)
-        scale, shift = fit_scale(
-            np.concatenate(scores), np.concatenate(class_index), np.concatenate(weight), moments.weight
-        )
+        scale, shift = fit_scale(np.concatenate(scores), np.concatenate(class_index), np.concatenate(weight), moments.weight)
         coef = scale * directions
         intercept = scale * offsets + shift - coef @ midpoint
         if len(classes) == 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,13 +31,8 @@ class PairedClassifier(LinearClassifier):
         """
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
-        self.classes_, class_index = np.unique(y, return_inverse=True)
-        if len(self.classes_) != 2:
-            raise InputError(
-                f"Only binary classification is supported. The type of the target is {type_of_target(y)}: pairs need two "
-                f"classes, but the labels hold {len(self.classes_)} class{'es' * (len(self.classes_) > 1)}."
-            )
-        self._fit_pairs(*(X[rows] for rows in pair_rows(class_index, pairs, self.classes_).T))
+        self.classes_, rows = pair_rows(y, pairs)
+        self._fit_pairs(X[rows[:, 0]], X[rows[:, 1]])
         return self
 
     def _fit_pairs(self, negative: Array, positive: Array) -> None:
@@ -50,40 +45,45 @@ class PairedClassifier(LinearClassifier):
         return tags
 
 
-def pair_rows(class_index: NDArray[Any], pairs: Any, classes: Sequence[Any] | NDArray[Any] = (0, 1)) -> NDArray[np.int64]:
-    """Rows of the negative and the positive of each pair, [n_pairs 2], in the order of the positives.
+def pair_rows(labels: Any, pairs: Any = None) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The two classes, and rows of the negative and the positive of each pair [n_pairs 2], in the order of the positives.
 
-    class_index: [n_examples], 0 for negative and 1 for positive. pairs: [n_examples] of numbers or strings; the two rows
-    with equal values make a pair. None: the i-th negative and the i-th positive do. classes: their names, for errors.
-    Raises InputError that names rows without exactly one partner.
+    labels: [n_examples], the second of the two classes is positive. pairs: [n_examples] of numbers or strings; the two rows
+    with equal values make a pair. None: the i-th negative and the i-th positive do.
+    Raises InputError for another number of classes, and for rows without exactly one partner, which it names.
     """
+    classes, class_index = np.unique(labels, return_inverse=True)
+    if len(classes) != 2:
+        raise InputError(
+            f"Only binary classification is supported. The type of the target is {type_of_target(labels)}: pairs need two "
+            f"classes, but the labels hold {len(classes)} class{'es' * (len(classes) > 1)}."
+        )
     sides = [np.flatnonzero(class_index == side) for side in (0, 1)]
-    names = [np.asarray(name).item() for name in classes]
+    names = classes.tolist()
     if pairs is None:
-        n_pairs = min(map(len, sides))
         if len(sides[0]) != len(sides[1]):
-            alone = max(sides, key=len)[n_pairs:]
+            alone = max(sides, key=len)[min(map(len, sides)) :]
             raise InputError(
                 f"The i-th example of class {names[0]!r} and the i-th of class {names[1]!r} make a pair, but there are "
                 f"{len(sides[0])} and {len(sides[1])} of them: {_listed(alone)} no partner. Leave these out, or say with "
                 "`pairs` which belong together."
             )
-        return np.column_stack(sides)
+        return classes, np.column_stack(sides)
     keys = np.asarray(pairs)
     if keys.shape != (len(class_index),):
         raise InputError(f"pairs has shape {keys.shape}, expected one value an example: {(len(class_index),)}.")
-    members = [{key: keys[rows].tolist().count(key) for key in keys[rows].tolist()} for rows in sides]
-    wrong = np.array([[side.get(key) for side in members] != [1, 1] for key in keys.tolist()])
+    members = [Counter(keys[rows].tolist()) for rows in sides]
+    wrong = np.array([[side[key] for side in members] != [1, 1] for key in keys.tolist()])
     if wrong.any():
         shown = keys[wrong][0].item()
-        counts = [side.get(shown, 0) for side in members]
+        counts = [side[shown] for side in members]
         raise InputError(
-            f"A pair is one example of class {names[0]!r} and one of class {names[1]!r}, but pair {shown!r} holds {counts[0]} "
-            f"and {counts[1]} of them: {_listed(np.flatnonzero(wrong))} not exactly one partner. Leave these out, or correct "
-            "`pairs`."
+            f"A pair is one example of class {names[0]!r} and one of class {names[1]!r}, but pair {shown!r} holds "
+            f"{counts[0]} and {counts[1]} of them: {_listed(np.flatnonzero(wrong))} not exactly one partner. Leave these "
+            "out, or correct `pairs`."
         )
     negative_of = dict(zip(keys[sides[0]].tolist(), sides[0], strict=True))
-    return np.array([(negative_of[keys[row].item()], row) for row in sides[1]])
+    return classes, np.array([(negative_of[keys[row].item()], row) for row in sides[1]])
 
 
 def _listed(rows: NDArray[Any]) -> str:
@@ -94,5 +94,9 @@ def _listed(rows: NDArray[Any]) -> str:
 
 def learns_from_pairs(classifier: Any) -> bool:
     """Whether a classifier, or the last step of a pipeline, is one that needs its examples in pairs."""
-    last = classifier.steps[-1][1] if isinstance(classifier, Pipeline) else classifier
-    return isinstance(last, PairedClassifier)
+    return isinstance(last_step(classifier), PairedClassifier)
+
+
+def last_step(classifier: Any) -> Any:
+    """The classifier itself, or that at the end of a pipeline."""
+    return last_step(classifier.steps[-1][1]) if isinstance(classifier, Pipeline) else classifier

@@ -61,8 +61,8 @@ def _main_direction(differences: Array) -> tuple[Array, float]:
     largest = np.abs(differences).max()
     if not largest:
         raise InputError(
-            f"The two examples of each pair are equal (n_samples = {2 * n_pairs}, n_features = {n_features}), so no direction "
-            "tells them apart. Use another pooling, or prompts that differ where it looks."
+            f"The two examples of each pair are equal (n_samples = {2 * n_pairs}, n_features = {n_features}), so no "
+            "direction tells them apart. Use another pooling, or prompts that differ where it looks."
         )
     scaled = differences / largest
     is_wide = n_features > n_pairs
