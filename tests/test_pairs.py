@@ -227,7 +227,7 @@ def test_the_truth_is_found_without_labels_up_to_sign(share: float) -> None:
     assert auroc(is_true(fresh_truth), fitted.decision_function(fresh)) > 0.97
     assert (fitted.predict(fresh) == is_true(fresh_truth)).mean() > 0.9  # one rule serves both sides
     # Controls: what tells the sides apart and what both share is not found, and other methods find just that.
-    assert abs(auroc(labels, fitted.decision_function(fresh)) - 0.5) < 0.25
+    assert abs(fitted.coef_[0, [SIDE, TOPIC]]).max() / np.linalg.norm(fitted.coef_) < 0.15
     assert abs(cosine(PcaClassifier().fit(features, labels).coef_[0], np.eye(N_FEATURES)[SIDE])) > 0.95
     assert abs(PCA(1).fit(features).components_[0, TOPIC]) > 0.95
 
@@ -270,12 +270,20 @@ def test_the_loss_is_that_of_a_plain_loop_and_its_gradient_is_right() -> None:
     assert loss[0](weights) == pytest.approx(contrast_loss(*p) + 0.15 * (weights**2).sum())
 
 
+def found_weights(fitted: CcsClassifier, examples: np.ndarray, unit: float) -> np.ndarray:
+    """The weights as the search found them: turned over for its sign, a rule has another loss, since min(p+, p-) has."""
+    weights = fitted.coef_[0] * unit
+    losses = [contrast_loss(*expit(sign * examples @ weights).reshape(2, -1)) for sign in (1, -1)]
+    return weights * (1, -1)[int(np.abs(np.array(losses) - fitted.loss_).argmin())]
+
+
 def test_the_fitted_rule_is_an_optimum_of_the_stated_problem_and_uses_the_midpoint() -> None:
     negative, positive, _ = truth_pairs(100)
     fitted = CcsClassifier(l2=0.02, random_state=0).fit(*stacked(negative, positive))
     own = [side - side.mean(axis=0) for side in (negative, positive)]
     unit = np.sqrt(np.mean([((b - a) / 2) @ ((b - a) / 2) for a, b in zip(*own, strict=True)]))
-    examples, weights = np.concatenate(own) / unit, fitted.coef_[0] * unit
+    examples = np.concatenate(own) / unit
+    weights = found_weights(fitted, examples, unit)
     assert fitted.loss_ == pytest.approx(contrast_loss(*expit(examples @ weights).reshape(2, -1)), rel=1e-6)
     best = _penalised(weights, examples, 0.02)[0]
     assert np.abs(_penalised(weights, examples, 0.02)[1]).max() < 1e-3
@@ -294,7 +302,7 @@ def test_more_restarts_never_give_a_greater_loss_and_the_seed_decides() -> None:
         fitted = CcsClassifier(n_restarts=n_restarts, l2=1e-3, random_state=5).fit(features, labels)
         own = np.concatenate([side - side.mean(axis=0) for side in np.split(features, 2)])
         unit = np.sqrt((((own[30:] - own[:30]) / 2) ** 2).sum(axis=1).mean())
-        return _penalised(fitted.coef_[0] * unit, own / unit, 1e-3)[0]
+        return _penalised(found_weights(fitted, own / unit, unit), own / unit, 1e-3)[0]
 
     losses = [penalised(n) for n in (1, 3, 12)]
     assert losses == sorted(losses, reverse=True)

@@ -15,8 +15,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.estimators.fitting import fit_classifier, logits_of
-from lmprobe_tl.estimators.linear_classifier import LinearClassifier
+from lmprobe_tl.estimators.fitting import logits_of
+from lmprobe_tl.estimators.linear_classifier import LinearClassifier, validated_weight
 from lmprobe_tl.estimators.linear_rule import linear_rule
 from lmprobe_tl.estimators.pairs import last_step
 from lmprobe_tl.estimators.streaming import fit_features
@@ -62,17 +62,17 @@ class LayerStackClassifier(LinearClassifier):
         """
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
+        weight = None if sample_weight is None else validated_weight(sample_weight, len(y))
         self.classes_ = np.unique(y)
         if len(self.classes_) < 2:
             raise InputError(f"A classifier needs at least two classes, but the labels hold one class: {self.classes_}.")
         blocks = np.split(X, self._checked_n_blocks(), axis=1)
         folds = self._folds(X, y)
-        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
         logits = np.concatenate([self._held_out_logits(block, y, weight, folds) for block in blocks], axis=1)
         self.estimators_ = [self._fit_base(block, y, weight) for block in blocks]
-        self.combiner_ = fit_classifier(
-            make_pipeline(StandardScaler(), LogisticRegression(C=COMBINER_C, max_iter=1000)), logits, y, sample_weight=weight
-        )
+        combiner = make_pipeline(StandardScaler(), LogisticRegression(C=COMBINER_C, max_iter=1000))
+        weights = {f"{name}__sample_weight": weight for name in combiner.named_steps}
+        self.combiner_ = combiner.fit(logits, y, **weights)
         combined = linear_rule(self.combiner_, logits)
         rules = [linear_rule(one, block) for one, block in zip(self.estimators_, blocks, strict=True)]
         shares = np.split(combined.direction, len(blocks), axis=1)  # [n_outputs n_outputs] of each block

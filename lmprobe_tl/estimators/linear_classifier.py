@@ -10,6 +10,8 @@ from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from lmprobe_tl.errors import InputError
+
 Array: TypeAlias = NDArray[np.float64]
 
 
@@ -42,3 +44,17 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
         logits = self.decision_function(X)
         index = (logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)
         return self.classes_[index]
+
+
+def validated_weight(sample_weight: Any, n_examples: int) -> Array:
+    """The weights as float64 [n_examples]; ones for None. InputError for what is no weight."""
+    if sample_weight is None:
+        return np.ones(n_examples)
+    weight = np.asarray(sample_weight, dtype=np.float64)
+    if weight.shape != (n_examples,):
+        raise InputError(f"sample_weight has shape {weight.shape}, expected one weight an example: {(n_examples,)}.")
+    if not (np.isfinite(weight) & (weight >= 0)).all():
+        raise InputError(f"sample_weight must be finite and not negative, got values from {weight.min()} to {weight.max()}.")
+    if not weight.any():
+        raise InputError("sample_weight is zero for every example: give some example a positive weight.")
+    return weight

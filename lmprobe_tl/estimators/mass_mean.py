@@ -11,7 +11,7 @@ from sklearn.utils.validation import validate_data
 
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.blocks import Block, Blocks, Moments, standard_deviation
-from lmprobe_tl.estimators.linear_classifier import LinearClassifier
+from lmprobe_tl.estimators.linear_classifier import LinearClassifier, validated_weight
 from lmprobe_tl.estimators.logit_scale import fit_scale
 
 Array: TypeAlias = NDArray[np.float64]
@@ -47,7 +47,7 @@ class MassMeanClassifier(LinearClassifier):
         """
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
-        weight = _validated_weight(sample_weight, len(y))
+        weight = validated_weight(sample_weight, len(y))
         X, y, weight = X[weight > 0], y[weight > 0], weight[weight > 0]
         self.classes_, class_index = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -102,17 +102,3 @@ def _whiten(moments: Moments, means: Array) -> Array:
     eigenvalues, eigenvectors = np.linalg.eigh(correlation)
     kept = eigenvalues > EIGENVALUE_CUTOFF
     return (means / deviation @ eigenvectors[:, kept] / eigenvalues[kept]) @ eigenvectors[:, kept].T / deviation
-
-
-def _validated_weight(sample_weight: Any, n_examples: int) -> Array:
-    """The weights as float64 [n_examples]; ones for None."""
-    if sample_weight is None:
-        return np.ones(n_examples)
-    weight = np.asarray(sample_weight, dtype=np.float64)
-    if weight.shape != (n_examples,):
-        raise InputError(f"sample_weight has shape {weight.shape}, expected one weight an example: {(n_examples,)}.")
-    if not (np.isfinite(weight) & (weight >= 0)).all():
-        raise InputError(f"sample_weight must be finite and not negative, got values from {weight.min()} to {weight.max()}.")
-    if not weight.any():
-        raise InputError("sample_weight is zero for every example: give some example a positive weight.")
-    return weight
