@@ -52,7 +52,7 @@ def gaussian_classes(n_classes=2, n_examples=240, n_features=12, seed=0):
 # --- Names and instances
 
 
-@pytest.mark.parametrize("name", sorted(CLASSIFIERS))
+@pytest.mark.parametrize("name", sorted(set(CLASSIFIERS) - {"ccs", "stacking"}))  # which learn from more than classes
 def test_every_name_makes_a_classifier_that_learns_and_has_a_linear_rule(name):
     features, labels = gaussian_classes()
     classifier = make_classifier(name, random_state=0).fit(features, labels)

@@ -74,8 +74,9 @@ def test_one_rule_says_what_a_plain_loop_says(n_classes: int, weighted: bool) ->
     assert stack.coef_.shape == (1 if n_classes == 2 else 3, 40)
     np.testing.assert_allclose(linear_rule(stack, features).direction, stack.coef_)
     # The control: had the layers been judged on what they learnt from, another rule would come out.
-    logits = [one.decision_function(block) for one, block in zip(stack.estimators_, np.split(features, 4, 1), strict=True)]
-    sure = make_pipeline(StandardScaler(), LogisticRegression(C=0.1)).fit(np.column_stack(logits), labels)
+    pairs = zip(stack.estimators_, np.split(features, 4, axis=1), strict=True)
+    logits = [one.decision_function(block).reshape(200, -1) for one, block in pairs]
+    sure = make_pipeline(StandardScaler(), LogisticRegression(C=0.1)).fit(np.hstack(logits), labels)
     assert np.abs(sure[-1].coef_ - final.coef_).max() > 0.05
 
 

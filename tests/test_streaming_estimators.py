@@ -28,7 +28,7 @@ from lmprobe_tl.estimators.blocks import Block, Moments, Passes, standard_deviat
 from lmprobe_tl.estimators.fitting import fit_classifier
 from lmprobe_tl.estimators.streaming import can_stream, fit_blocks
 
-NAMES = sorted(CLASSIFIERS)
+NAMES = sorted(filter(can_stream, CLASSIFIERS))
 WEIGHTED = [name for name in NAMES if name != "lda"]
 # The largest difference of decisions, whose spread is about one. Two fits end in a search, which stops near its optimum.
 TOLERANCES = {
