@@ -399,7 +399,7 @@ def np_tokens(row: list[int]) -> Any:
     return torch.tensor([row])
 
 
-def test_ccs_in_a_probe_finds_the_truth_and_pca_the_side(llama: Tiny) -> None:
+def test_in_a_probe_ccs_finds_the_truth_without_labels_and_pca_with(llama: Tiny) -> None:
     positive, negative, truth = contrast_prompts(60)
     fresh_positive, fresh_negative, fresh_truth = contrast_prompts(40, seed=1)
     fresh, labels = [*fresh_negative, *fresh_positive], is_true(fresh_truth).astype(int)
@@ -410,7 +410,6 @@ def test_ccs_in_a_probe_finds_the_truth_and_pca_the_side(llama: Tiny) -> None:
     turned.fit_contrast(positive, negative, truth=~truth)
     np.testing.assert_allclose(turned.decision_function(fresh), -ccs.decision_function(fresh))
     pca = Probe(llama.bridge, 2, classifier="pca", progress=False)
-    pca.fit_contrast([*positive, *negative], [*negative, *positive])  # each side holds both: nothing to vote on
     true = [p if is_so else n for p, n, is_so in zip(positive, negative, truth, strict=True)]
     false = [n if is_so else p for p, n, is_so in zip(positive, negative, truth, strict=True)]
     pca.fit_contrast(true, false)

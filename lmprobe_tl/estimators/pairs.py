@@ -21,7 +21,8 @@ Array: TypeAlias = NDArray[np.float64]
 class PairedClassifier(LinearClassifier):
     """A linear classifier of two classes whose examples come in pairs of one negative and one positive.
 
-    See `pair_rows` for which examples make a pair. A subclass learns from the pairs in `_fit_pairs`.
+    See `pair_rows` for which examples make a pair. A split of examples, as in a cross-validation, parts pairs that go by
+    order, so that it needs `pairs` and folds by them. A subclass learns from the pairs in `_fit_pairs`.
     """
 
     def fit(self, X: Any, y: Any, pairs: Any = None) -> Any:
