@@ -858,7 +858,7 @@ def test_demo_writes_a_probe_and_a_report_that_name_no_path_of_this_machine(
         (["fit", "{data}", "-o", "x.pt"], "a probe file ends in .safetensors"),
         (["fit", "{data}", "-o", "nowhere/x.safetensors"], "there is no folder '{here}/nowhere'"),
         (["fit", "{data}", "-o", "x.safetensors", "--classifier", "mass_men"], "Closest: 'mass_mean'"),
-        (["fit", "{data}", "-o", "x.safetensors", "--classifier", "pca"], "which a share held out would part. Pass --test-share 0"),
+        (["fit", "{data}", "-o", "x.safetensors", "--classifier", "pca"], "would part. Pass --test-share 0"),
         (["sweep", "{data}", "--classifier", "ccs"], "CcsClassifier learns from pairs"),
         (["fit", "{data}", "-o", "x.safetensors", "--pooling", "lst_token"], "Closest: 'last_token'"),
         (["fit", "{data}", "-o", "x.safetensors", "--pooling", "score:max"], "train_pooling cannot be 'score:max'"),
