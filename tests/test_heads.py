@@ -75,7 +75,10 @@ def test_batch_and_online_forms_equal_the_plain_loop(head, seed, pos, n_probes, 
     cuts = sorted({0, pos, *torch.randint(pos + 1, (4,), generator=torch.Generator().manual_seed(seed)).tolist()})
     for edges in (cuts, range(pos + 1), [0, pos]):
         online = OnlineReduction(head.start, head.step, (), 3, n_probes * head.n_readings, "cpu", n_scores=n_probes)
-        running = [online.update(junk[:, start:stop], counted[:, start:stop]) for start, stop in pairwise(edges)]
+        running = [
+            online.update(junk[:, start:stop], counted[:, start:stop])
+            for start, stop in pairwise(edges)
+        ]
         torch.testing.assert_close(torch.cat(running, dim=1), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
