@@ -17,7 +17,10 @@ from lmprobe_tl.artefact import artefact_of, pooling_name
 from lmprobe_tl.calibration import Calibration
 from lmprobe_tl.errors import InputError, PoolingMismatchWarning
 from lmprobe_tl.estimators import make_classifier, own_pooling
+from lmprobe_tl.estimators.contrast import check_contrast, check_paired
 from lmprobe_tl.estimators.fitting import fit_classifier
+from lmprobe_tl.estimators.layer_stack import with_n_blocks
+from lmprobe_tl.estimators.pairs import last_step
 from lmprobe_tl.estimators.streaming import can_stream, fit_blocks, fit_features
 from lmprobe_tl.estimators.token_sequences import TokenSequences
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
@@ -61,7 +64,8 @@ class Probe(ClassifierMixin, BaseEstimator):
         inference takes these, 'max' and 'min' of scores, every form with a 'score:' or 'activation:' prefix, and the
         streaming reductions, as 'score:ema_max(0.5)'.
     classifier: of pooled activations 'logistic_regression', 'ridge', 'lda', 'mass_mean', 'mass_mean_whitened', 'mlp',
-        'polynomial', or any scikit-learn classifier, of which only one with a linear rule can be saved. Of token sequences,
+        'polynomial', 'stacking' (a classifier a hook point, and one on their logits), 'pca' and 'ccs' (on pairs: the i-th
+        prompt of each class), or any scikit-learn classifier, of which only one with a linear rule can be saved. Of token sequences,
         which they reduce themselves, so that pooling stays None: 'attention', 'multimax', 'rolling_attention', and with a
         linear direction 'softmax' and 'windowed', which take another reduction as `inference_pooling`; or an instance.
     include_bos: let a leading BOS count where it does not ('mean', 'max', 'min', 'all', callables).
@@ -179,7 +183,8 @@ class Probe(ClassifierMixin, BaseEstimator):
         reads_sequences = own_pooling(self.classifier) is not None
         model = load_model(self.model)
         names = resolve_hook_points(model, self.hook_points)
-        classifier = make_classifier(self.classifier, self.random_state)
+        classifier = with_n_blocks(make_classifier(self.classifier, self.random_state), len(names))
+        check_paired(classifier, labels, per_token=train == "all")
         rows = self._tokenize(model, prompts)
         lengths = counted_lengths(rows, bos_id(model), self.include_bos)
         digests = [row_digest(row) for row in rows]
@@ -236,7 +241,7 @@ class Probe(ClassifierMixin, BaseEstimator):
             max_length=self.max_length,
             truncation=self.truncation,
         )
-        classifier = make_classifier(self.classifier, self.random_state)
+        classifier = with_n_blocks(make_classifier(self.classifier, self.random_state), len(names))
         if reads_sequences and are_token_labels(labels):
             raise InputError(
                 f"labels has one sequence a prompt; {classifier_name(self.classifier)} takes one label a prompt."
@@ -249,6 +254,7 @@ class Probe(ClassifierMixin, BaseEstimator):
             centre=normalization(model) == "layernorm",
             equal_prompt_weight=self.equal_prompt_weight,
         )
+        check_paired(classifier, examples.labels, per_token=train == "all")
         digests = [bytes(row) for row in store.digests()]
         if reads_sequences:
             sequences = TokenSequences(examples.in_memory(np.float32)[0], np.concatenate([[0], np.cumsum(store.lengths())]))
@@ -308,10 +314,19 @@ class Probe(ClassifierMixin, BaseEstimator):
         )
         return self
 
-    def fit_contrast(self, positive: Sequence[Prompt], negative: Sequence[Prompt]) -> Probe:
-        """Fit on two lists of prompts; the classes are 0 (negative) and 1 (positive)."""
+    def fit_contrast(self, positive: Sequence[Prompt], negative: Sequence[Prompt], *, truth: Any = None) -> Probe:
+        """Fit on two lists of prompts; the classes are 0 (negative) and 1 (positive).
+
+        For 'pca' and 'ccs' the i-th prompts of both lists make a pair, so that they must be equally long. truth, for 'ccs'
+        alone: [n_pairs], whether the positive is the true one, which decides that class 1 means true; without it 'ccs' may
+        mean either.
+        """
         positive, negative = check_prompts(positive), check_prompts(negative)
-        return self.fit([*negative, *positive], [0] * len(negative) + [1] * len(positive))
+        check_contrast(make_classifier(self.classifier, self.random_state), len(positive), len(negative), truth)
+        self.fit([*negative, *positive], [0] * len(negative) + [1] * len(positive))
+        if truth is not None:
+            last_step(self.classifier_).orient(truth)
+        return self
 
     def _tokenize(self, model: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
         return tokenize_prompts(

@@ -14,7 +14,8 @@ from lmprobe_tl.activation_store import ActivationStore
 from lmprobe_tl.artefact import pooling_name
 from lmprobe_tl.batch_pooling import activation_poolings
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.estimators import make_classifier, own_pooling
+from lmprobe_tl.estimators import LayerStackClassifier, make_classifier, own_pooling
+from lmprobe_tl.estimators.pairs import last_step, learns_from_pairs
 from lmprobe_tl.extraction import extract_poolings
 from lmprobe_tl.features import are_constant, constant_error
 from lmprobe_tl.forward_batches import centred
@@ -163,7 +164,7 @@ def check_sweep(
     """Poolings and classifiers as lists; InputError for what is known to be wrong before there is a model."""
     listed, poolings = _listed(classifiers, "classifiers"), _checked_poolings(poolings)
     for classifier in listed:
-        make_classifier(classifier, None)
+        _check_alone(make_classifier(classifier, None))
         if own_pooling(classifier) is not None:
             raise InputError(
                 f"classifiers has {classifier_name(classifier)!r}, which reads all tokens of a prompt; a sweep compares "
@@ -179,6 +180,18 @@ def check_sweep(
     else:
         check_classes(check_labels(labels, n_prompts))
     return poolings, listed
+
+
+def _check_alone(classifier: Any) -> None:
+    """InputError for a classifier that needs more than some of the prompts, at one hook point."""
+    name = type(last_step(classifier)).__name__
+    if learns_from_pairs(classifier):
+        raise InputError(f"{name} learns from pairs of prompts, and a sweep's splits would part them; fit a Probe with it.")
+    if isinstance(last_step(classifier), LayerStackClassifier):
+        raise InputError(
+            f"{name} joins several hook points, and a sweep judges each by itself; fit a Probe with it at those that a "
+            "sweep finds good."
+        )
 
 
 def _listed(values: Any, name: str) -> list[Any]:

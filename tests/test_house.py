@@ -21,7 +21,8 @@ FLOORS = {
     | {"calibration", "early_exit"}
     | {"given_probes", "provenance", "store", "store.record", "activation_store", "splits", "token_bag"}
     | {"estimators", "estimators.blocks", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"}
-    | {"estimators.streaming"},
+    | {"estimators.streaming", "estimators.linear_classifier", "estimators.logit_scale", "estimators.pairs"}
+    | {"estimators.pca", "estimators.ccs", "estimators.layer_stack", "estimators.contrast"},
     3: {
         "forward_watch",
         "generate_call",
@@ -79,6 +80,10 @@ ONLY_IN = {
         "estimators.linear_rule",
         "estimators.mass_mean",
         "estimators.streaming",
+        "estimators.ccs",
+        "estimators.layer_stack",
+        "estimators.linear_classifier",
+        "estimators.pairs",
         "metrics",
         "probe",
         "artefact",

@@ -24,7 +24,8 @@ PROMPTS = [*PROMPTS, *PROMPTS[:3]]  # equal ones, too
 LABELS = [*LABELS, *LABELS[:3]]
 THREE = ["abc"[at % 3] for at in range(len(PROMPTS))]
 UNSEEN = with_a_word(12, seed=12)[0]
-ANY: tuple[Any, ...] = (*sorted(filter(can_stream, CLASSIFIERS)), RidgeClassifier())
+NAMES = [*sorted(filter(can_stream, CLASSIFIERS)), "stacking"]
+ANY: tuple[Any, ...] = (*NAMES, RidgeClassifier())
 Stores = dict[str, ActivationStore]
 
 
@@ -99,7 +100,7 @@ def test_so_is_one_on_every_token(
 
 def test_from_one_shard_the_files_are_equal(gpt2: Tiny, tmp_path: Path) -> None:
     store = extract_to_store(gpt2.bridge, PROMPTS, tmp_path / "store", 1, "mean", progress=False)
-    for classifier in sorted(filter(can_stream, CLASSIFIERS)):
+    for classifier in NAMES:
         probe = Probe(gpt2.bridge, 1, "mean", classifier=classifier, random_state=0, progress=False)
         paths = [
             probe.fit(PROMPTS, LABELS).save(tmp_path / "a.safetensors"),

@@ -31,7 +31,12 @@ def fit(
         str | None, typer.Option("--inference-pooling", help="Another pooling for use, as score:max.")
     ] = None,
     classifier: Annotated[
-        str, typer.Option("--classifier", help="logistic_regression, ridge, lda, mass_mean or mass_mean_whitened.")
+        str,
+        typer.Option(
+            "--classifier",
+            help="logistic_regression, ridge, lda, mass_mean, mass_mean_whitened, stacking (over several hook points), or "
+            "(on pairs, the i-th prompt of each label) pca or ccs.",
+        ),
     ] = "logistic_regression",
     name: Annotated[str | None, typer.Option("--name", help="Name of the probe; by default that of the file.")] = None,
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
@@ -50,11 +55,15 @@ def fit(
     check_folder_of(out)
     train, test = _split(labels, test_share, seed)
     from lmprobe_tl.estimators import make_classifier
+    from lmprobe_tl.estimators.pairs import learns_from_pairs
     from lmprobe_tl.pooling import resolve_pooling
     from lmprobe_tl.probe import Probe
 
     resolve_pooling(pooling, None, inference_pooling)  # these raise before the model is loaded
-    make_classifier(classifier, seed)
+    if learns_from_pairs(make_classifier(classifier, seed)) and test:
+        raise InputError(
+            f"classifier {classifier!r} learns from pairs, which a share held out would part. Pass --test-share 0."
+        )
 
     probe = Probe(
         load_or_demo(model),

@@ -16,13 +16,26 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.estimators.ccs import CcsClassifier
+from lmprobe_tl.estimators.layer_stack import LayerStackClassifier
 from lmprobe_tl.estimators.linear_rule import LinearRule, linear_rule
 from lmprobe_tl.estimators.mass_mean import MassMeanClassifier
+from lmprobe_tl.estimators.pca import PcaClassifier
 from lmprobe_tl.estimators.sequence_classifier import SequenceClassifier
 from lmprobe_tl.estimators.sequence_classifiers import SEQUENCE_CLASSIFIERS
 from lmprobe_tl.estimators.vector_classifiers import MlpClassifier, PolynomialClassifier
 
-__all__ = ["CLASSIFIERS", "LinearRule", "MassMeanClassifier", "linear_rule", "make_classifier", "own_pooling"]
+__all__ = [
+    "CLASSIFIERS",
+    "CcsClassifier",
+    "LayerStackClassifier",
+    "LinearRule",
+    "MassMeanClassifier",
+    "PcaClassifier",
+    "linear_rule",
+    "make_classifier",
+    "own_pooling",
+]
 
 _C = 0.03
 
@@ -74,14 +87,32 @@ def _polynomial(random_state: int | None) -> BaseEstimator:
     return PolynomialClassifier(random_state=random_state)
 
 
+def _pca(random_state: int | None) -> BaseEstimator:
+    """The main direction of the differences of pairs; nothing in it is random."""
+    return PcaClassifier()
+
+
+def _ccs(random_state: int | None) -> BaseEstimator:
+    """Contrast-consistent search on pairs."""
+    return CcsClassifier(random_state=random_state)
+
+
+def _stacking(random_state: int | None) -> BaseEstimator:
+    """A logistic regression a layer, and one on their logits."""
+    return LayerStackClassifier(random_state=random_state)
+
+
 CLASSIFIERS: dict[str, Callable[[int | None], BaseEstimator]] = {
+    "ccs": _ccs,
     "lda": _lda,
     "logistic_regression": _logistic_regression,
     "mass_mean": _mass_mean,
     "mass_mean_whitened": _mass_mean_whitened,
     "mlp": _mlp,
+    "pca": _pca,
     "polynomial": _polynomial,
     "ridge": _ridge,
+    "stacking": _stacking,
     **SEQUENCE_CLASSIFIERS,
 }
 

@@ -6,14 +6,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import expit, log_softmax, softmax
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import validate_data
 
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.blocks import Block, Blocks, Moments, standard_deviation
+from lmprobe_tl.estimators.linear_classifier import LinearClassifier
+from lmprobe_tl.estimators.logit_scale import fit_scale
 from lmprobe_tl.estimators.sample_weight import validated_weight
 
 Array: TypeAlias = NDArray[np.float64]
@@ -21,7 +20,7 @@ Array: TypeAlias = NDArray[np.float64]
 EIGENVALUE_CUTOFF = 1e-3
 
 
-class MassMeanClassifier(ClassifierMixin, BaseEstimator):
+class MassMeanClassifier(LinearClassifier):
     """A linear classifier whose direction is theta = mean(positive) - mean(negative).
 
     covariance=True takes Sigma^-1 theta, with Sigma pooled within the classes. The pseudo-inverse is taken of the
@@ -80,35 +79,13 @@ class MassMeanClassifier(ClassifierMixin, BaseEstimator):
             scores.append((block.features - midpoint) @ directions.T + offsets)
             class_index.append(block.classes)
             weight.append(np.ones(len(block.classes)) if block.weight is None else block.weight)
-        scale, shift = _fit_scale(
-            np.concatenate(scores), np.concatenate(class_index), np.concatenate(weight), moments.weight
-        )
+        scale, shift = fit_scale(np.concatenate(scores), np.concatenate(class_index), np.concatenate(weight), moments.weight)
         coef = scale * directions
         intercept = scale * offsets + shift - coef @ midpoint
         if len(classes) == 2:
             coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
         self.coef_, self.intercept_ = coef, intercept
         return self
-
-    def decision_function(self, X: Any) -> Array:
-        """Logits: [n_examples] for two classes, [n_examples n_classes] otherwise."""
-        check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False)
-        logits = X @ self.coef_.T + self.intercept_
-        return logits[:, 0] if len(self.classes_) == 2 else logits
-
-    def predict_proba(self, X: Any) -> Array:
-        """Sigmoid or softmax of the logits: [n_examples n_classes]."""
-        logits = self.decision_function(X)
-        if logits.ndim == 1:
-            return np.column_stack([expit(-logits), expit(logits)])
-        return softmax(logits, axis=1)
-
-    def predict(self, X: Any) -> NDArray[Any]:
-        """The class of the highest logit: [n_examples]."""
-        logits = self.decision_function(X)
-        index = (logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)
-        return self.classes_[index]
 
 
 def _whiten(moments: Moments, means: Array) -> Array:
@@ -126,27 +103,3 @@ def _whiten(moments: Moments, means: Array) -> Array:
     eigenvalues, eigenvectors = np.linalg.eigh(correlation)
     kept = eigenvalues > EIGENVALUE_CUTOFF
     return (means / deviation @ eigenvectors[:, kept] / eigenvalues[kept]) @ eigenvectors[:, kept].T / deviation
-
-
-def _fit_scale(scores: Array, class_index: NDArray[Any], weight: Array, class_weight: Array) -> tuple[float, Array]:
-    """Scale a and shifts b [n_classes] that make softmax(a * scores + b) most likely; scores: [n_examples n_classes].
-
-    Targets as Platt (1999) smooths them: (n_k + 1) / (n_k + n_classes) for the own class k of an example, the rest shared.
-    No bound keeps a from being negative, and none is needed: classes score highest at their own means, by construction.
-    """
-    n_classes = len(class_weight)
-    smoothed = (np.eye(n_classes) * class_weight[:, None] + 1.0) / (class_weight[:, None] + n_classes)
-    targets = smoothed[class_index]
-    unit = float((scores - scores.mean(axis=1, keepdims=True)).std()) or 1.0
-    scores = scores / unit
-
-    def loss_and_gradient(parameters: Array) -> tuple[float, Array]:
-        log_probabilities = log_softmax(parameters[0] * scores + parameters[1:], axis=1)
-        loss = -(weight @ (targets * log_probabilities)).sum() / weight.sum()
-        excess = (np.exp(log_probabilities) - targets) * weight[:, None] / weight.sum()
-        return loss, np.concatenate([[(excess * scores).sum()], excess.sum(axis=0)])
-
-    start = np.concatenate([[0.0], np.log(class_weight / class_weight.sum())])
-    options = {"maxiter": 1000, "ftol": 0.0, "gtol": 1e-10}
-    fitted = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options).x
-    return float(fitted[0] / unit), fitted[1:]
