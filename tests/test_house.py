@@ -20,7 +20,9 @@ FLOORS = {
     2: {"checked_record", "probe_spec", "weights", "probe_file", "probe_summary", "labels", "metrics", "calibration"}
     | {"given_probes", "provenance", "store", "store.record", "activation_store", "splits", "token_bag"}
     | {"estimators", "estimators.blocks", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"}
-    | {"estimators.streaming"},
+    | {"estimators.streaming", "estimators.sample_weight", "estimators.fitted_head", "estimators.token_sequences"}
+    | {"estimators.ragged", "estimators.token_scaling", "estimators.training", "estimators.torch_classifier"}
+    | {"estimators.sequence_classifier", "estimators.sequence_classifiers", "estimators.vector_classifiers"},
     3: {
         "forward_watch",
         "generate_call",
@@ -77,6 +79,11 @@ ONLY_IN = {
         "estimators.linear_rule",
         "estimators.mass_mean",
         "estimators.streaming",
+        "estimators.fitted_head",
+        "estimators.torch_classifier",
+        "estimators.sequence_classifier",
+        "estimators.sequence_classifiers",
+        "estimators.vector_classifiers",
         "metrics",
         "probe",
         "artefact",

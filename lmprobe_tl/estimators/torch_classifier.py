@@ -77,9 +77,11 @@ class TorchClassifier(ClassifierMixin, BaseEstimator):
         class_index = np.searchsorted(self.classes_, y[used])
         learnt, held = (
             used[part]
-            for part in split(class_index, None if groups is None else np.asarray(groups)[used], self.validation_fraction, seed)
+            for part in split(y[used], None if groups is None else np.asarray(groups)[used], self.validation_fraction, seed)
         )
-        scaling = token_scaling(sequences, learnt, standardize=self.standardize)
+        learnt_weight = np.zeros(len(weight))
+        learnt_weight[learnt] = weight[learnt]
+        scaling = token_scaling(sequences, learnt_weight, standardize=self.standardize)
         targets = torch.zeros(len(sequences), dtype=torch.float32 if len(self.classes_) == 2 else torch.int64)
         targets[torch.from_numpy(used)] = torch.from_numpy(class_index).to(targets.dtype)
         data = TrainingSet(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
@@ -151,3 +153,9 @@ def _readout(readout: Any, intercept: Any, orders: Tensor | None = None) -> Read
 
 def _float64(parameter: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     return parameter.detach().cpu().double().numpy()
+
+
+VECTOR_CLASSIFIERS: dict[str, Callable[[int | None], BaseEstimator]] = {
+    "mlp": lambda random_state: MlpClassifier(random_state=random_state),
+    "polynomial": lambda random_state: PolynomialClassifier(random_state=random_state),
+}
