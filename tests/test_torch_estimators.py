@@ -87,7 +87,9 @@ def windows_by_hand(tokens, window):
 
 
 def readings_by_hand(head, tokens):
-    return [[float(row @ x + b) for row, b in zip(head.direction, head.intercept, strict=True)] for x in tokens.astype(float)]
+    return [
+        [float(row @ x + b) for row, b in zip(head.direction, head.intercept, strict=True)] for x in tokens.astype(float)
+    ]
 
 
 def means_by_hand(classifier, readings):
@@ -275,7 +277,9 @@ def test_polynomials_are_trained_order_by_order():
     rng = np.random.default_rng(0)
     features = rng.standard_normal((300, 3))
     labels = (features[:, 0] + 2 * features[:, 1] * features[:, 2] > 0).astype(int)
-    polynomial = PolynomialClassifier(degree=3, rank=4, random_state=0, learning_rate=0.02, max_epochs=40).fit(features, labels)
+    polynomial = PolynomialClassifier(degree=3, rank=4, random_state=0, learning_rate=0.02, max_epochs=40).fit(
+        features, labels
+    )
     low = PolynomialClassifier(degree=1, rank=4, random_state=0, learning_rate=0.02, max_epochs=40).fit(features, labels)
     np.testing.assert_array_equal(polynomial.decision_function(features, degree=1), low.decision_function(features))
     by_order = [min(e.validation_loss for e in polynomial.history_ if e.stage == order) for order in (1, 2, 3)]
@@ -325,13 +329,15 @@ def test_a_linear_head_on_single_tokens_is_logistic_regression():
 @pytest.mark.parametrize("classifier", SEQUENCE, ids=name_of)
 def test_a_weight_of_two_is_two_copies_and_of_zero_none(classifier):
     arrays, labels = sequences(20)
-    weight = np.arange(20) // 2 % 3
+    weight = np.arange(20) % 3  # unequal classes: the bias of equal ones has no gradient but rounding, which Adam scales up
     whole = clone(classifier).set_params(validation_fraction=0, batch_tokens=10**6, max_epochs=10)
     weighted = clone(whole).fit(arrays, labels, sample_weight=weight)
     copies = np.repeat(np.arange(20), weight)
     repeated = clone(whole).fit([arrays[at] for at in copies], labels[copies])
     np.testing.assert_allclose(weighted.decision_function(arrays), repeated.decision_function(arrays), atol=1e-3)
-    assert np.abs(clone(whole).fit(arrays, labels).decision_function(arrays) - weighted.decision_function(arrays)).max() > 0.02
+    assert (
+        np.abs(clone(whole).fit(arrays, labels).decision_function(arrays) - weighted.decision_function(arrays)).max() > 0.02
+    )
 
 
 @pytest.mark.parametrize("classifier", SEQUENCE, ids=name_of)
@@ -397,12 +403,16 @@ def test_every_name_learns_and_shuffled_labels_teach_nothing(name):
     classifier = factory(3)
     assert classifier.random_state == 3
     classifier.set_params(max_epochs=25, learning_rate=0.02, device="cpu")
-    assert auroc(fresh_labels, clone(classifier).fit(X, labels).decision_function(fresh)) > 0.85
-    chance = []
+    fitted = clone(classifier).fit(X, labels)
+    assert auroc(fresh_labels, fitted.decision_function(fresh)) > 0.85
+    loss, chance = [], []
     for seed in range(3):
-        shuffled = np.random.default_rng(seed).permutation(labels)
-        chance.append(auroc(fresh_labels, clone(classifier).fit(X, shuffled).decision_function(fresh)))
-    assert 0.3 < np.mean(chance) < 0.7
+        shuffled, fresh_shuffled = (np.random.default_rng(seed).permutation(part) for part in (labels, fresh_labels))
+        of_noise = clone(classifier).fit(X, shuffled)
+        loss.append(of_noise.validation_loss_)
+        chance.append(auroc(fresh_shuffled, of_noise.decision_function(fresh)))
+    assert np.mean(loss) > 0.63 > fitted.validation_loss_ + 0.05
+    assert 0.42 < np.mean(chance) < 0.58
 
 
 def test_attention_finds_one_token_among_many_where_the_mean_does_not():
@@ -432,7 +442,9 @@ def test_long_sequences_dilute_what_a_window_keeps(n_tokens, expected):
     labels = np.arange(2 * n) < n
     parameters = {"ema_max": 0.5, "rolling_max": 10, "softmax": 1.0}
     found = {
-        name: auroc(labels, torch.cat([reduce_batch(part, name, parameters.get(name)) for part in scores.split(200)]).numpy())
+        name: auroc(
+            labels, torch.cat([reduce_batch(part, name, parameters.get(name)) for part in scores.split(200)]).numpy()
+        )
         for name in expected
     }
     assert found == pytest.approx(expected, abs=0.03)
@@ -479,7 +491,7 @@ def test_three_classes_are_refused_by_name(classifier):
         ({"validation_fraction": 0.9}, "0.9; expected a number above 0 and at most 0.5"),
         ({"n_heads": 0}, "n_heads is 0"),
         ({"device": "gpu"}, "device is 'gpu'; expected 'auto', 'cpu' or 'cuda'"),
-        ({"learning_rate": 1e30}, "loss became (nan|inf) in epoch 1: use a lower learning_rate"),
+        ({"learning_rate": 1e30}, r"loss became (nan|inf) in epoch \d: use a lower learning_rate"),
     ],
 )
 def test_unusable_parameters_are_named(parameters, message):

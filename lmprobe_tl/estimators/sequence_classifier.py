@@ -122,7 +122,9 @@ class SequenceClassifier(TorchClassifier):
         check_is_fitted(self)
         width = sequences.values.shape[1]
         if width != self.n_features_in_:
-            raise InputError(f"X has {width} features, but {type(self).__name__} is expecting {self.n_features_in_} features.")
+            raise InputError(
+                f"X has {width} features, but {type(self).__name__} is expecting {self.n_features_in_} features."
+            )
         return sequences
 
     def _examples_and_labels(self, X: Any, y: Any) -> tuple[TokenSequences, NDArray[Any]]:

@@ -31,7 +31,8 @@ class AttentionClassifier(SequenceClassifier):
         return Design("attention", self.n_heads)
 
     def _logits(self, readings: Tensor, segments: Segments) -> Tensor:
-        return ragged.attention(*readings.chunk(2, dim=1), segments).sum(dim=1)
+        query, values = readings.chunk(2, dim=1)
+        return ragged.attention(query, values, segments).sum(dim=1)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -68,7 +69,8 @@ class RollingAttentionClassifier(SequenceClassifier):
         return Design("rolling_attention", self.n_heads, self.window)
 
     def _logits(self, readings: Tensor, segments: Segments) -> Tensor:
-        return ragged.rolling_attention(*readings.chunk(2, dim=1), segments, self.window)
+        query, values = readings.chunk(2, dim=1)
+        return ragged.rolling_attention(query, values, segments, self.window)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -75,4 +75,6 @@ def check_finite(numbers: Tensor, start: int, sequences: TokenSequences) -> None
         token = start + int((~finite).any(dim=1).nonzero()[0])
         sequence = int(np.searchsorted(sequences.offsets, token, side="right")) - 1
         place = token - int(sequences.offsets[sequence])
-        raise InputError(f"X holds NaN or infinite values, first at token {place} of sequence {sequence}; they must be finite.")
+        raise InputError(
+            f"X holds NaN or infinite values, first at token {place} of sequence {sequence}; they must be finite."
+        )

@@ -42,12 +42,15 @@ class TokenSequences:
             raise InputError(f"values must be floats [n_tokens d], got {values.dtype} of shape {tuple(values.shape)}.")
         if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(values):
             raise InputError(
-                f"offsets must be [n_sequences+1], at least one sequence, from 0 to the number of tokens ({len(values)}); got "
-                f"shape {offsets.shape}" + (f" from {offsets[0]} to {offsets[-1]}." if offsets.ndim == 1 and len(offsets) else ".")
+                f"offsets must be [n_sequences+1], one sequence or more, from 0 to the number of tokens ({len(values)}); got "
+                f"shape {offsets.shape}"
+                + (f" from {offsets[0]} to {offsets[-1]}." if offsets.ndim == 1 and len(offsets) else ".")
             )
         empty = np.flatnonzero(self.lengths < 1)
         if len(empty):
-            raise InputError(f"Sequence {empty[0]} has {self.lengths[empty[0]]} tokens; each needs at least one. Leave it out.")
+            raise InputError(
+                f"Sequence {empty[0]} has {self.lengths[empty[0]]} tokens; each needs at least one. Leave it out."
+            )
 
     @classmethod
     def of(cls, arrays: Sequence[Any]) -> TokenSequences:
@@ -60,7 +63,9 @@ class TokenSequences:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         for number, array in enumerate(arrays):
             if array.shape[1] != width:
-                raise InputError(f"Sequence {number} has {array.shape[1]} features a token, the first {width}; expected the same.")
+                raise InputError(
+                    f"Sequence {number} has {array.shape[1]} features a token, the first {width}; expected the same."
+                )
             values[offsets[number] : offsets[number + 1]] = as_tensor(array)
         return cls(values, offsets)
 
@@ -98,7 +103,9 @@ def as_tensor(values: Values) -> Tensor:
 def _shape(array: Any, number: int) -> tuple[int, int]:
     shape = tuple(getattr(array, "shape", ()))
     if len(shape) != 2 or not shape[0]:
-        raise InputError(f"Sequence {number} is {type(array).__name__} of shape {shape}; expected an array [n_tokens d] with tokens.")
+        raise InputError(
+            f"Sequence {number} is {type(array).__name__} of shape {shape}; expected an array [n_tokens d] with tokens."
+        )
     return shape
 
 

@@ -47,7 +47,10 @@ class MlpClassifier(TorchClassifier):
             return values.to(data.device).requires_grad_()
 
         weight, hidden_bias = start(self.n_hidden, d, deviation=1 / math.sqrt(d)), start(self.n_hidden, deviation=0.0)
-        readout, bias = start(n_outputs, self.n_hidden, deviation=0.1 / math.sqrt(self.n_hidden)), start(n_outputs, deviation=0.0)
+        readout, bias = (
+            start(n_outputs, self.n_hidden, deviation=0.1 / math.sqrt(self.n_hidden)),
+            start(n_outputs, deviation=0.0),
+        )
 
         def losses(batch: Batch) -> Tensor:
             hidden = (data.scaling.readings(batch.tokens, weight) + hidden_bias).relu()
@@ -76,7 +79,7 @@ class PolynomialClassifier(TorchClassifier):
 
     Trained order by order, the lower ones frozen: order 1 is logistic regression, and the polynomial cut after any order is
     a probe of its own, for a cascade that goes on only where a lower order is unsure. An order that lowers the validation
-    loss in no epoch stays 0. x is standardised while it is learnt, so that each u_kr . x stands for a deviation from the mean.
+    loss in no epoch stays 0. x is standardised in training, so that u_kr . x stands for a deviation from the mean.
 
     X: [n d]. See `TorchClassifier` for the other parameters and for what is learnt: history_ holds all orders, n_epochs_
     counts them all, best_epoch_ and validation_loss_ are those of the last.
@@ -95,7 +98,7 @@ class PolynomialClassifier(TorchClassifier):
                 raise InputError(f"degree is {degree}, but this polynomial was trained up to degree {self.degree}.")
             orders = polynomial_orders(degree, self.rank)
         readings = readings_of(head, sequences, 0, len(sequences))[:, : len(orders)]
-        readout = _readout(head.readout[:, : len(orders)], head.readout_intercept, orders)
+        readout = _readout(np.asarray(head.readout)[:, : len(orders)], head.readout_intercept, orders)
         return readout.token_logits(readings)[:, 0].numpy()
 
     def _own_limits(self) -> None:
