@@ -65,9 +65,10 @@ class Probe(ClassifierMixin, BaseEstimator):
         streaming reductions, as 'score:ema_max(0.5)'.
     classifier: of pooled activations 'logistic_regression', 'ridge', 'lda', 'mass_mean', 'mass_mean_whitened', 'mlp',
         'polynomial', 'stacking' (a classifier a hook point, and one on their logits), 'pca' and 'ccs' (on pairs: the i-th
-        prompt of each class), or any scikit-learn classifier, of which only one with a linear rule can be saved. Of token sequences,
-        which they reduce themselves, so that pooling stays None: 'attention', 'multimax', 'rolling_attention', and with a
-        linear direction 'softmax' and 'windowed', which take another reduction as `inference_pooling`; or an instance.
+        prompt of each class), or any scikit-learn classifier, of which only one with a linear rule can be saved. Of token
+        sequences, which they reduce themselves, so that pooling stays None: 'attention', 'multimax', 'rolling_attention',
+        and with a linear direction 'softmax' and 'windowed', which take another reduction as `inference_pooling`; or an
+        instance.
     include_bos: let a leading BOS count where it does not ('mean', 'max', 'min', 'all', callables).
     equal_prompt_weight: with train_pooling 'all', let every prompt weigh the same, not every token.
     prepend_bos, max_length, truncation: how prompts become tokens; see `tokenize_prompts`.

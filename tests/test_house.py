@@ -22,7 +22,10 @@ FLOORS = {
     | {"given_probes", "provenance", "store", "store.record", "activation_store", "splits", "token_bag"}
     | {"estimators", "estimators.blocks", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"}
     | {"estimators.streaming", "estimators.linear_classifier", "estimators.logit_scale", "estimators.pairs"}
-    | {"estimators.pca", "estimators.ccs", "estimators.layer_stack", "estimators.contrast"},
+    | {"estimators.pca", "estimators.ccs", "estimators.layer_stack", "estimators.contrast"}
+    | {"estimators.sample_weight", "estimators.fitted_head", "estimators.token_sequences"}
+    | {"estimators.ragged", "estimators.token_scaling", "estimators.training", "estimators.torch_classifier"}
+    | {"estimators.sequence_classifier", "estimators.sequence_classifiers", "estimators.vector_classifiers"},
     3: {
         "forward_watch",
         "generate_call",
@@ -47,6 +50,7 @@ FLOORS = {
         "inference",
         "evaluation",
         "probe",
+        "probe_poolings",
         "artefact",
         "features",
         "store_examples",
@@ -84,6 +88,11 @@ ONLY_IN = {
         "estimators.layer_stack",
         "estimators.linear_classifier",
         "estimators.pairs",
+        "estimators.fitted_head",
+        "estimators.torch_classifier",
+        "estimators.sequence_classifier",
+        "estimators.sequence_classifiers",
+        "estimators.vector_classifiers",
         "metrics",
         "probe",
         "artefact",

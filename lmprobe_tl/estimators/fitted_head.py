@@ -51,7 +51,7 @@ def fitted_head(classifier: Any) -> FittedHead:
     if not isinstance(head, FittedHead):
         raise InputError(
             f"{type(classifier).__name__} has no head; expected a sequence classifier such as AttentionClassifier, or an "
-            "MlpClassifier or PolynomialClassifier. For a linear classifier use linear_rule. These standardise by themselves, "
-            "so they need no pipeline around them."
+            "MlpClassifier or PolynomialClassifier. For a linear classifier use linear_rule. These standardise by "
+            "themselves, so they need no pipeline around them."
         )
     return head

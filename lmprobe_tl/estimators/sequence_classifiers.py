@@ -9,8 +9,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from lmprobe_tl.estimators import ragged
-from lmprobe_tl.estimators.ragged import Segments
+from lmprobe_tl.estimators.ragged import Segments, attention, maximum, rolling_attention, window_means
 from lmprobe_tl.estimators.sequence_classifier import Design, SequenceClassifier
 from lmprobe_tl.estimators.torch_classifier import check_positive, check_whole
 
@@ -31,7 +30,8 @@ class AttentionClassifier(SequenceClassifier):
         return Design("attention", self.n_heads)
 
     def _logits(self, readings: Tensor, segments: Segments) -> Tensor:
-        return ragged.attention(*readings.chunk(2, dim=1), segments).sum(dim=1)
+        query, values = readings.chunk(2, dim=1)
+        return attention(query, values, segments).sum(dim=1)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -47,7 +47,7 @@ class MultiMaxClassifier(SequenceClassifier):
         return Design("multimax", self.n_heads)
 
     def _logits(self, readings: Tensor, segments: Segments) -> Tensor:
-        return ragged.maximum(readings, segments).sum(dim=1)
+        return maximum(readings, segments).sum(dim=1)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -68,7 +68,8 @@ class RollingAttentionClassifier(SequenceClassifier):
         return Design("rolling_attention", self.n_heads, self.window)
 
     def _logits(self, readings: Tensor, segments: Segments) -> Tensor:
-        return ragged.rolling_attention(*readings.chunk(2, dim=1), segments, self.window)
+        query, values = readings.chunk(2, dim=1)
+        return rolling_attention(query, values, segments, self.window)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -87,7 +88,7 @@ class SoftmaxClassifier(SequenceClassifier):
         return Design(own_pooling=f"score:softmax({_plain(self.temperature)})")
 
     def _logits(self, readings: Tensor, segments: Segments) -> Tensor:
-        return ragged.attention(readings / self.temperature, readings, segments)[:, 0]
+        return attention(readings / self.temperature, readings, segments)[:, 0]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -111,12 +112,12 @@ class WindowedClassifier(SequenceClassifier):
         return Design(own_pooling=f"score:rolling_max({self.window})")
 
     def _logits(self, readings: Tensor, segments: Segments) -> Tensor:
-        return ragged.maximum(*ragged.window_means(readings, segments, self.window))[:, 0]
+        return maximum(*window_means(readings, segments, self.window))[:, 0]
 
     def _losses(self, readings: Tensor, segments: Segments, targets: Tensor) -> Tensor:
-        means, windows = ragged.window_means(readings, segments, self.window)
+        means, windows = window_means(readings, segments, self.window)
         losses = binary_cross_entropy_with_logits(means[:, 0], targets[windows.of_token], reduction="none")
-        return ragged.attention(means / self.temperature, losses[:, None], windows)[:, 0]
+        return attention(means / self.temperature, losses[:, None], windows)[:, 0]
 
 
 SEQUENCE_CLASSIFIERS: dict[str, Callable[[int | None], BaseEstimator]] = {

@@ -37,35 +37,34 @@ class TokenScaling:
         return direction.numpy(), -(direction @ self.mean).numpy()
 
 
-def token_scaling(sequences: TokenSequences, learnt: NDArray[np.int64], *, standardize: bool) -> TokenScaling:
-    """The scaling by all tokens of the sequences `learnt` (indices), each token alike; standardize=False changes nothing.
+def token_scaling(sequences: TokenSequences, weight: NDArray[np.float64], *, standardize: bool) -> TokenScaling:
+    """The scaling by all tokens, each with the weight of its sequence [n_sequences]; standardize=False changes nothing.
 
     One pass in blocks and in float64, which joins the moments as in Chan, Golub and LeVeque (1979).
     Raises InputError for values that are not finite, in any sequence, naming it.
     """
     values = sequences.tensor
     n_tokens, d = values.shape
-    is_learnt = np.zeros(len(sequences), dtype=bool)
-    is_learnt[learnt] = True
-    counts = torch.from_numpy(np.repeat(is_learnt, sequences.lengths))
-    mean, scatter = torch.zeros(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
-    before, largest = 0, torch.zeros(d, dtype=torch.float64)
+    weight_of_token = torch.from_numpy(np.repeat(weight, sequences.lengths))
+    mean, scatter, largest = torch.zeros(3, d, dtype=torch.float64)
+    total, count = 0.0, 0
     for start in range(0, n_tokens, size := max(1, BLOCK_ELEMENTS // d)):
         block = values[start : start + size].cpu()
         check_finite(block, start, sequences)
-        kept = counts[start : start + size]
-        if not standardize or not kept.any():
+        kept = weight_of_token[start : start + size]
+        of_block = kept.sum().item()
+        if not standardize or not of_block:
             continue
-        block = (block if kept.all() else block[kept]).double()
-        of_block = block.mean(dim=0)
-        after, step = before + len(block), of_block - mean
-        largest = torch.maximum(largest, of_block.abs())
-        scatter += (block - of_block).square_().sum(dim=0) + step.square() * (before * len(block) / after)
-        mean += step * (len(block) / after)
-        before = after
+        block = block.double()
+        step = kept @ block / of_block - mean
+        after = total + of_block
+        scatter += kept @ (block - (mean + step)).square_() + step.square() * (total * of_block / after)
+        mean += step * (of_block / after)
+        largest = torch.maximum(largest, mean.abs())
+        total, count = after, count + int((kept > 0).sum())
     if not standardize:
         return TokenScaling(mean, torch.ones_like(mean))
-    deviation = torch.from_numpy(standard_deviation((scatter / before).numpy(), largest.numpy(), before))
+    deviation = torch.from_numpy(standard_deviation((scatter / total).numpy(), largest.numpy(), count))
     return TokenScaling(mean, torch.where(deviation > 0, 1 / deviation, 0.0))
 
 

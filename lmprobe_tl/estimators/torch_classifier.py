@@ -32,11 +32,13 @@ Array = NDArray[np.float64]
 class TorchClassifier(ClassifierMixin, BaseEstimator):
     """Base of the classifiers trained by AdamW with early stopping.
 
-    learning_rate, weight_decay: of AdamW, on standardised features; biases do not decay.
+    learning_rate, weight_decay: of AdamW, on standardised features; biases do not decay. The strong decay of the default is
+    what fits with more features than examples need: on noise of 96 features with planted signals, 240 sequences to learn
+    from, 3.0 gave the attention kinds 0.01 to 0.03 AUROC more than 0.01 did, and cost the others nothing.
     max_epochs, patience: the fit ends after `patience` epochs without a lower validation loss, and keeps the best epoch.
     batch_tokens: about so many tokens a step, in whole sequences; None for about 32 steps an epoch, of at most 16,384 tokens.
-    validation_fraction: share of each class held out for early stopping, in whole groups; 0 holds out nothing, and the last
-    epoch stays.
+    validation_fraction: share of each class held out for early stopping, in whole groups; 0 holds out nothing, and the
+    last epoch stays.
     standardize: learn on features with mean 0 and deviation 1 over the training tokens; what is learnt is of unscaled ones.
     random_state: an int, a numpy RandomState, or None for a seed from the system. Equal seeds give equal results on one
     device and number of threads; neither torch's nor numpy's own generators are used or moved.
@@ -49,8 +51,8 @@ class TorchClassifier(ClassifierMixin, BaseEstimator):
     """
 
     learning_rate: float = 3e-3
-    weight_decay: float = 1e-2
-    max_epochs: int = 100
+    weight_decay: float = 1.0
+    max_epochs: int = 50
     patience: int = 10
     batch_tokens: int | None = None
     validation_fraction: float = 0.2
@@ -77,11 +79,11 @@ class TorchClassifier(ClassifierMixin, BaseEstimator):
         class_index = np.searchsorted(self.classes_, y[used])
         learnt, held = (
             used[part]
-            for part in split(
-                class_index, None if groups is None else np.asarray(groups)[used], self.validation_fraction, seed
-            )
+            for part in split(y[used], None if groups is None else np.asarray(groups)[used], self.validation_fraction, seed)
         )
-        scaling = token_scaling(sequences, learnt, standardize=self.standardize)
+        learnt_weight = np.zeros(len(weight))
+        learnt_weight[learnt] = weight[learnt]
+        scaling = token_scaling(sequences, learnt_weight, standardize=self.standardize)
         targets = torch.zeros(len(sequences), dtype=torch.float32 if len(self.classes_) == 2 else torch.int64)
         targets[torch.from_numpy(used)] = torch.from_numpy(class_index).to(targets.dtype)
         data = TrainingSet(
@@ -176,7 +178,7 @@ def vectors(X: NDArray[Any]) -> TokenSequences:
 
 
 def readings_of(head: FittedHead, sequences: TokenSequences, start: int, stop: int) -> Tensor:
-    """Readings [stop-start n_readings] of the tokens from `start` to `stop`, in float64; InputError if they are not finite."""
+    """Readings [stop-start n_readings] of the tokens from `start` to `stop`, in float64; InputError where not finite."""
     direction, intercept = torch.from_numpy(head.direction).T, torch.from_numpy(head.intercept)
     size = max(1, BLOCK_ELEMENTS // len(direction))
     readings = torch.empty(stop - start, len(intercept), dtype=torch.float64)

@@ -129,8 +129,8 @@ def split(labels: NDArray[Any], groups: NDArray[Any] | None, share: float, seed:
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
             raise InputError(
-                f"Class {label!r} has one example, so that none can be held out for early stopping (n_samples = {len(labels)}). "
-                "Give more examples, or validation_fraction=0."
+                f"Class {label.item()!r} has one example (n_samples = {len(labels)}), so that none can be held out for early "
+                "stopping. Give more examples, or validation_fraction=0."
             )
         chosen.append(rng.permutation(members)[: max(1, round(share * len(members)))])
     held = np.sort(np.concatenate(chosen))

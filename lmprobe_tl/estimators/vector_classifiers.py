@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
@@ -77,7 +79,7 @@ class PolynomialClassifier(TorchClassifier):
 
     Trained order by order, the lower ones frozen: order 1 is logistic regression, and the polynomial cut after any order is
     a probe of its own, for a cascade that goes on only where a lower order is unsure. An order that lowers the validation
-    loss in no epoch stays 0. x is standardised while it is learnt, so that each u_kr . x stands for a deviation from the mean.
+    loss in no epoch stays 0. x is standardised in training, so that u_kr . x stands for a deviation from the mean.
 
     X: [n d]. See `TorchClassifier` for the other parameters and for what is learnt: history_ holds all orders, n_epochs_
     counts them all, best_epoch_ and validation_loss_ are those of the last.
@@ -96,7 +98,7 @@ class PolynomialClassifier(TorchClassifier):
                 raise InputError(f"degree is {degree}, but this polynomial was trained up to degree {self.degree}.")
             orders = polynomial_orders(degree, self.rank)
         readings = readings_of(head, sequences, 0, len(sequences))[:, : len(orders)]
-        readout = _readout(head.readout[:, : len(orders)], head.readout_intercept, orders)
+        readout = _readout(np.asarray(head.readout)[:, : len(orders)], head.readout_intercept, orders)
         return readout.token_logits(readings)[:, 0].numpy()
 
     def _own_limits(self) -> None:
@@ -154,3 +156,9 @@ def _readout(readout: Any, intercept: Any, orders: Tensor | None = None) -> Read
 
 def _float64(parameter: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     return parameter.detach().cpu().double().numpy()
+
+
+VECTOR_CLASSIFIERS: dict[str, Callable[[int | None], BaseEstimator]] = {
+    "mlp": lambda random_state: MlpClassifier(random_state=random_state),
+    "polynomial": lambda random_state: PolynomialClassifier(random_state=random_state),
+}
