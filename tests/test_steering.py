@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import D_MODEL, Tiny, blocks_of, load_tiny
+from embedded import embedded_model, embedded_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_reference import BOS, EOS, PAD, PROMPTS, assert_same, encode, left_padded, make_probe
 from torch import Tensor
 
-from lmprobe_tl import ablate, attach_probes, extract_activations, steer
+from lmprobe_tl import Probe, ablate, attach_probes, extract_activations, steer
+from lmprobe_tl.demo.task import PROBE_EVAL_MODULES, PROBE_TRAIN_MODULES, labelled_pieces
 from lmprobe_tl.errors import (
     IncompatibleProbeError,
     InputError,
@@ -160,8 +162,8 @@ def test_ablation_makes_the_logit_the_intercept_and_steering_moves_it_by_the_coe
         assert_same(scores_in(tiny, probe, tokens, mask)["p"][1], steered[1])
     with ablate(tiny.bridge, probe, to=0.75):
         set_to = scores_in(tiny, probe, tokens, mask)["p"]
+    assert torch.cat([row[1:] for row in plain]).std() > 0.1
     for row, before in enumerate(plain):
-        assert before[1:].std() > 0.1
         assert_same(ablated[row][1:], probe.intercept.expand(len(before) - 1))
         assert_same(set_to[row][1:], torch.full((len(before) - 1,), 0.75))
         assert_same(steered[row][1:], before[1:] - 2.5)
@@ -462,7 +464,7 @@ def test_the_models_dtype_is_kept_and_the_report_is_of_what_really_changed(tiny_
     assert change[HOOK].mean_norm == pytest.approx(3.0, rel=0.02)
     with (
         pytest.warns(NothingChangedWarning, match="the activations were so already"),
-        steer(tiny.bridge, make_probe(), coefficient=1e-7) as change,
+        steer(tiny.bridge, make_probe(), coefficient=1e-12) as change,
     ):
         logits_of(tiny, tokens)
     assert change[HOOK].max_norm == 0
@@ -635,3 +637,55 @@ def test_a_raw_probe_is_refused_on_the_centred_stream_and_another_does_the_same_
             assert (logits[0] - plain)[mask.bool()].abs().max() > 1e-2
             assert changes[0].mean_norm == pytest.approx(changes[1].mean_norm, rel=1e-3)
             assert changes[0].before["p"] == pytest.approx(changes[1].before["p"], abs=1e-3)
+
+
+# --- the question that this is for, asked of the embedded model ---
+
+
+def pieces_of(modules: Sequence[str]) -> list[Any]:
+    return [next(labelled_pieces(embedded_tokenizer(), module, max_tokens=128)) for module in modules]
+
+
+def next_token_loss(model: Any, rows: Sequence[Sequence[int]]) -> float:
+    tokens, mask = left_padded(rows)
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask)
+    counted = mask[:, :-1].bool()
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1][counted], tokens[:, 1:][counted]))
+
+
+@cache
+def inside_probe(classifier: str) -> ProbeWeights:
+    pieces = pieces_of(PROBE_TRAIN_MODULES[:16])
+    probe = Probe(embedded_model(), 3, "all", classifier=classifier, random_state=0, name="inside")
+    return probe.fit([piece.text for piece in pieces], [piece.labels for piece in pieces]).weights_
+
+
+def test_taking_out_a_direction_that_the_model_uses_costs_more_than_as_large_a_change_elsewhere() -> None:
+    model = embedded_model()
+    rows = [[BOS, *piece.token_ids] for piece in pieces_of(PROBE_EVAL_MODULES[:10])]
+    hook_point = "blocks.3.hook_resid_post"
+    plain = next_token_loss(model, rows)
+    with ablate(model, inside_probe("mass_mean")) as change:
+        cost = next_token_loss(model, rows) - plain
+    elsewhere = []
+    for seed in range(3):
+        direction = torch.randn(192, generator=torch.Generator().manual_seed(seed))
+        with steer(model, direction, coefficient=change[hook_point].mean_norm, hook_points=hook_point) as control:
+            elsewhere.append(next_token_loss(model, rows) - plain)
+        assert control[hook_point].mean_norm == pytest.approx(change[hook_point].mean_norm, rel=1e-3)
+        with ablate(model, direction, hook_points=hook_point):  # what lies along it by chance is less
+            elsewhere.append(next_token_loss(model, rows) - plain)
+    assert cost > 1.5 * max(elsewhere) > 0
+
+
+def test_steering_by_a_probe_decides_what_the_model_writes() -> None:
+    model = embedded_model()
+    prompt = torch.tensor([[BOS, *embedded_tokenizer()("def load(path):\n", add_special_tokens=False)["input_ids"]]])
+    written = {}
+    for coefficient in (-8.0, 8.0):
+        with steer(model, inside_probe("mass_mean"), coefficient=coefficient, unit="logit"):
+            output = model.generate(prompt, max_new_tokens=12, do_sample=False, verbose=False, return_type="tokens")
+        written[coefficient] = embedded_tokenizer().decode(output[0, prompt.shape[1] :])
+    assert written[8.0].lstrip().startswith(("#", '"""'))
+    assert not set(written[-8.0]) & set("#\"'")

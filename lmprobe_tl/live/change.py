@@ -13,6 +13,10 @@ from torch import Tensor
 from lmprobe_tl.live.edit import Edit
 
 
+# Of the residual norm: below it float32 holds no change.
+_ROUNDING = 1e-7
+
+
 @dataclass(frozen=True)
 class HookPointChange:
     """How much was changed at one hook point; means are over the `n_positions` that were changed, NaN where there are none.
@@ -74,11 +78,12 @@ class Change(Mapping[str, HookPointChange]):
 
     @property
     def is_nothing(self) -> bool:
-        """Whether no position was changed, or every activation is still what it was though it should not be."""
-        if all(one.n_positions == 0 for one in self.values()):
+        """Whether no position was changed, or none by more than rounding though it should have been."""
+        found = [one for one in self.values() if one.n_positions]
+        if not found:
             return True
         idle = all(tally.edit.does_nothing for tally in self._tallies.values())
-        return not idle and all(one.n_positions == 0 or one.max_norm == 0 for one in self.values())
+        return not idle and all(one.max_norm <= _ROUNDING * one.residual_norm for one in found)
 
 
 class _Tally:
