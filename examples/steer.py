@@ -24,7 +24,11 @@ PROSE = [
     '"""Read a file."""\n',
     "# Not used any more\n",
 ]
-TEXT = 'def size(self):\n    """Return the number of items in the queue."""\n    with self.lock:\n        return len(self.items)\n'
+TEXT = '''def size(self):
+    """Return the number of items in the queue."""
+    with self.lock:
+        return len(self.items)
+'''
 
 model = load_demo_model()
 probe = Probe(model, hook_points=3, pooling="all", classifier="mass_mean", random_state=0, name="prose")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -65,6 +66,13 @@ def by_hand(tiny: Tiny, tokens: Tensor, mask: Tensor, edit: Edit, chosen: Tensor
             return tiny.reference(tokens, attention_mask=mask, position_ids=positions).logits
     finally:
         handle.remove()
+
+
+@contextmanager
+def raised_by(error: type[Exception], message: str, block: Any) -> Iterator[Any]:
+    """A block of changes that ends in this error."""
+    with pytest.raises(error, match=message), block as change:
+        yield change
 
 
 def batch_of(tiny: Tiny) -> tuple[list[list[int]], Tensor, Tensor]:
@@ -287,11 +295,10 @@ WAYS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 def test_generation_is_that_of_a_plain_loop(llama: Tiny, gpt2: Tiny, positions: str, way: str) -> None:
     for tiny in (llama, gpt2):
         rows, tokens, mask = batch_of(tiny)
-        probe = make_probe()
-        with steer(tiny.bridge, probe, coefficient=15.0, positions=positions) as change:  # type: ignore[arg-type]
+        with steer(tiny.bridge, make_probe(), coefficient=15.0, positions=positions) as change:  # type: ignore[arg-type]
             output = WAYS[way](tiny.bridge, tokens, mask)
         found = output[:, tokens.shape[1] :].tolist()
-        expected = [plain_loop(tiny, row, positions, lambda x: x + vector_of(probe, 15.0)) for row in rows]
+        expected = [plain_loop(tiny, row, positions, push) for row in rows]
         for ids, wanted in zip(found, expected, strict=True):
             end = wanted.index(EOS) + 1 if EOS in wanted else NEW
             assert ids[:end] == wanted[:end]
@@ -301,14 +308,15 @@ def test_generation_is_that_of_a_plain_loop(llama: Tiny, gpt2: Tiny, positions: 
         assert change[HOOK].mean_norm == pytest.approx(15.0, rel=1e-4)
 
 
+def push(x: Tensor) -> Tensor:
+    return x + vector_of(make_probe(), 15.0)
+
+
 def test_the_loops_of_different_positions_differ(llama: Tiny, gpt2: Tiny) -> None:
-    probe = make_probe()
     for tiny in (llama, gpt2):
         made = {
-            tuple(
-                tuple(plain_loop(tiny, row, positions, lambda x: x + vector_of(probe, length))) for row in batch_of(tiny)[0]
-            )
-            for positions, length in (("all", 15.0), ("prompt", 15.0), ("generated", 15.0), ("all", 0.0))
+            tuple(tuple(plain_loop(tiny, row, positions, edit)) for row in batch_of(tiny)[0])
+            for positions, edit in (("all", push), ("prompt", push), ("generated", push), ("all", lambda x: x))
         }
         assert len(made) == 4
 
@@ -385,7 +393,7 @@ def test_nothing_leaks_after_the_block_or_an_exception(tiny: Tiny) -> None:
         changed = logits_of(tiny, tokens, mask)
     assert (plain - changed)[mask.bool()].abs().max() > 1e-2
     torch.testing.assert_close(logits_of(tiny, tokens, mask), plain, rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match="stop here"), steer(tiny.bridge, make_probe(), coefficient=1.0) as change:
+    with raised_by(RuntimeError, "stop here", steer(tiny.bridge, make_probe(), coefficient=1.0)) as change:
         logits_of(tiny, tokens, mask)
         raise RuntimeError("stop here")
     assert change[HOOK].n_positions > 0
@@ -437,9 +445,11 @@ def test_passes_inside_a_callback_are_not_changed(gpt2: Tiny) -> None:
     tokens = torch.tensor([[BOS, 5, 6, 7]])
     plain, asked = logits_of(gpt2, tokens), []
     probe = make_probe("watch", "blocks.0.hook_out")
-    with steer(gpt2.bridge, make_probe(), coefficient=5.0) as change:
-        with attach_probes(gpt2.bridge, probe, on_token=lambda event: asked.append(logits_of(gpt2, tokens))):
-            steered = logits_of(gpt2, torch.tensor([[BOS, 5, 6, 9]]))
+    with (
+        steer(gpt2.bridge, make_probe(), coefficient=5.0) as change,
+        attach_probes(gpt2.bridge, probe, on_token=lambda event: asked.append(logits_of(gpt2, tokens))),
+    ):
+        steered = logits_of(gpt2, torch.tensor([[BOS, 5, 6, 9]]))
     expected = by_hand(
         gpt2,
         torch.tensor([[BOS, 5, 6, 9]]),
@@ -570,28 +580,27 @@ def test_probes_that_do_not_fit_the_model_are_refused(gpt2: Tiny, llama: Tiny) -
 
 
 def test_a_hook_point_that_is_not_reached_is_an_error(gpt2: Tiny) -> None:
-    with pytest.raises(ProbeNeverFiredError, match="which never fired"), ablate(gpt2.bridge, make_probe()):
+    with raised_by(ProbeNeverFiredError, "which never fired", ablate(gpt2.bridge, make_probe())):
         pass
-    with pytest.raises(ProbeNeverFiredError, match="never fired"), ablate(gpt2.bridge, make_probe()), torch.no_grad():
-        gpt2.bridge(torch.tensor([[5, 6]]), stop_at_layer=1)
-    with pytest.raises(ProbeNeverFiredError, match="did not reach"), ablate(gpt2.bridge, make_probe()), torch.no_grad():
-        gpt2.bridge(torch.tensor([[5, 6]]))
-        gpt2.bridge(torch.tensor([[5, 6]]), stop_at_layer=1)
-    with pytest.raises(MonitorError, match="were removed"), ablate(gpt2.bridge, make_probe()):
+    tokens = torch.tensor([[5, 6]])
+    with raised_by(ProbeNeverFiredError, "never fired", ablate(gpt2.bridge, make_probe())), torch.no_grad():
+        gpt2.bridge(tokens, stop_at_layer=1)
+    with raised_by(ProbeNeverFiredError, "did not reach", ablate(gpt2.bridge, make_probe())), torch.no_grad():
+        gpt2.bridge(tokens)
+        gpt2.bridge(tokens, stop_at_layer=1)
+    with raised_by(MonitorError, "were removed", ablate(gpt2.bridge, make_probe())):
         gpt2.bridge.reset_hooks()
-        logits_of(gpt2, torch.tensor([[5, 6]]))
+        gpt2.bridge(tokens)
 
 
 def test_positions_that_cannot_be_told_apart_are_an_error(llama: Tiny, gpt2: Tiny) -> None:
     _, tokens, mask = batch_of(gpt2)
-    with pytest.raises(MonitorError, match="called without an attention mask"), ablate(gpt2.bridge, make_probe()):
+    with raised_by(MonitorError, "called without an attention mask", ablate(gpt2.bridge, make_probe())):
         logits_of(gpt2, tokens)
-    with pytest.raises(MonitorError, match="beam search"), ablate(llama.bridge, make_probe()):
+    with raised_by(MonitorError, "beam search", ablate(llama.bridge, make_probe())):
         llama.bridge.hf_generate(tokens, attention_mask=mask, num_beams=2, **GREEDY)
-    with (
-        pytest.raises(MonitorError, match=r"expected \(1, 2, 32\)"),
-        ablate(gpt2.bridge, torch.ones(D_MODEL), hook_points="blocks.1.attn.hook_z"),
-    ):
+    per_head = ablate(gpt2.bridge, torch.ones(D_MODEL), hook_points="blocks.1.attn.hook_z")
+    with raised_by(MonitorError, r"expected \(1, 2, 32\)", per_head):
         logits_of(gpt2, torch.tensor([[5, 6]]))
 
 

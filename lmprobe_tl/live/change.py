@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lmprobe_tl.live.edit import Edit
 
-
 # Of the residual norm: below it float32 holds no change.
 _ROUNDING = 1e-7
 
