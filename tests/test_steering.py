@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ from lmprobe_tl.errors import (
     ProbeNeverFiredError,
     UnknownHookPointError,
 )
-from lmprobe_tl.hook_points import model_record
+from lmprobe_tl.hook_points import ForwardCall, model_record
+from lmprobe_tl.live.chosen_positions import ChosenPositions
 from lmprobe_tl.live.edit import Reading, projection
 from lmprobe_tl.weights import ProbeWeights
 
@@ -366,6 +368,61 @@ def test_a_later_token_with_the_id_of_bos_is_changed(llama: Tiny) -> None:
     assert change[HOOK].n_positions == 3
 
 
+class Fake:
+    """As much of a model as positions are chosen by."""
+
+    cfg = SimpleNamespace(eos_token_id=EOS)
+    tokenizer = SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+
+
+class Cache:
+    """Stands for an object with keys and values."""
+
+
+def chosen_in(positions: ChosenPositions, tokens: Sequence[Sequence[int]], start: int, mask: Any, kept: Any) -> Any:
+    """Chosen and counted positions of a pass on `tokens`, as lists."""
+    found = positions.of(ForwardCall(torch.tensor(tokens), start, None if mask is None else torch.tensor(mask), kept))
+    return found.chosen.int().tolist(), found.counted.int().tolist()
+
+
+def test_columns_after_a_rows_end_are_changed_and_not_counted() -> None:
+    """Whether a row ends at EOS is not for us to say: where it goes on, it is changed and counted again."""
+    positions, kept = ChosenPositions(Fake(), "all", include_bos=False), Cache()
+    assert chosen_in(positions, [[EOS, 5], [6, 7]], 0, None, kept) == ([[1, 1]] * 2, [[1, 1]] * 2)  # no end in a prompt
+    assert chosen_in(positions, [[EOS], [8]], 2, None, kept) == ([[1], [1]], [[0], [1]])
+    assert chosen_in(positions, [[PAD], [8]], 3, None, kept) == ([[1], [1]], [[0], [1]])
+    assert chosen_in(positions, [[9], [8]], 4, None, kept) == ([[1], [1]], [[1], [1]])
+    assert chosen_in(positions, [[PAD], [8]], 5, None, kept) == ([[1], [1]], [[1], [1]])
+    whole = [[5, 6], [7, 8]]
+    chosen_in(positions, whole, 0, None, None)
+    for column, counted in ((EOS, 0), (PAD, 0), (9, 1)):  # without a cache
+        whole = [[*row, new] for row, new in zip(whole, (column, 7), strict=True)]
+        width = len(whole[0])
+        expected = [[0] * (width - 1) + [counted], [0] * (width - 1) + [1]]
+        assert chosen_in(positions, whole, 0, None, None) == ([[1] * width] * 2, expected)
+
+
+def test_bos_is_left_alone_in_whatever_chunk_it_comes() -> None:
+    kept, mask = Cache(), [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    positions = ChosenPositions(Fake(), "prompt", include_bos=False)
+    assert chosen_in(positions, [[PAD, PAD], [BOS, 5]], 0, [row[:2] for row in mask], kept)[0] == [[0, 0], [0, 1]]
+    assert chosen_in(positions, [[BOS, 5], [BOS, 6]], 2, [row[:4] for row in mask], kept)[0] == [[0, 1], [1, 1]]
+    assert chosen_in(positions, [[BOS], [6]], 4, mask, kept)[0] == [[0], [0]]  # generated
+    positions = ChosenPositions(Fake(), "generated", include_bos=False)
+    assert chosen_in(positions, [[BOS, 5]], 0, None, None)[0] == [[0, 0]]
+    assert chosen_in(positions, [[BOS, 5, BOS]], 0, None, None)[0] == [[0, 0, 1]]
+
+
+def test_each_cache_keeps_its_rows_ends() -> None:
+    positions, first, second = ChosenPositions(Fake(), "all", include_bos=False), Cache(), Cache()
+    for kept in (first, second):
+        chosen_in(positions, [[5, 6]], 0, None, None)
+        positions.bind_cache(kept)  # some models make it in the first pass
+    assert chosen_in(positions, [[EOS]], 2, None, first)[1] == [[0]]
+    assert chosen_in(positions, [[PAD]], 2, None, second)[1] == [[1]]
+    assert chosen_in(positions, [[PAD]], 3, None, first)[1] == [[0]]
+
+
 def test_generators_that_take_turns_keep_their_own_ends(llama: Tiny) -> None:
     """The report counts each generation's positions, however they are interleaved."""
     rows = batch_of(llama)[0]
@@ -477,7 +534,16 @@ def test_the_models_dtype_is_kept_and_the_report_is_of_what_really_changed(tiny_
         steer(tiny.bridge, make_probe(), coefficient=1e-12) as change,
     ):
         logits_of(tiny, tokens)
-    assert change[HOOK].max_norm == 0
+    assert change[HOOK].max_norm < 1e-9
+
+
+def test_autocast_does_not_narrow_the_change(gpt2: Tiny) -> None:
+    edit = projection([Reading("p", HOOK, make_probe().direction, make_probe().intercept)])
+    x = 100 * torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        changed, reading = edit.apply(x), edit.read(x)
+    torch.testing.assert_close(changed, edit.apply(x), rtol=0, atol=0)
+    torch.testing.assert_close(reading, edit.read(x), rtol=0, atol=0)
 
 
 def test_gradients_flow_through_a_change(gpt2: Tiny) -> None:
