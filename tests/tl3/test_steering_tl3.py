@@ -65,10 +65,9 @@ def test_the_middle_of_a_block_is_in_the_stream_of_a_hooked_transformer(hooked: 
         seen[len(seen)] = x.detach().clone()
 
     middle = "blocks.1.hook_resid_mid"
-    with torch.no_grad():
-        with hooked.model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", keep)]):
+    with torch.no_grad(), hooked.model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", keep)]):
+        hooked.model(tokens)
+        with steer(hooked.model, probe.direction[0], coefficient=LENGTH, hook_points=middle, include_bos=True):
             hooked.model(tokens)
-            with steer(hooked.model, probe.direction[0], coefficient=LENGTH, hook_points=middle, include_bos=True):
-                hooked.model(tokens)
     along = (seen[1] - seen[0]) @ (probe.direction[0] / probe.direction[0].norm())
     assert along.mean() > 0.5 * LENGTH
