@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lmprobe_tl.probe_file import load_probe
     from lmprobe_tl.reductions import ReductionParameter, register_reduction
     from lmprobe_tl.scoring import score_prompts, sequence_maxima
+    from lmprobe_tl.steering import ablate, steer
     from lmprobe_tl.store.merging import merge_stores
     from lmprobe_tl.store.writing import extract_to_store
     from lmprobe_tl.sweep_result import SweepResult
@@ -52,6 +53,7 @@ _HOMES = {
     "ReductionParameter": "reductions",
     "SweepResult": "sweep_result",
     "TokenEvent": "live.records",
+    "ablate": "steering",
     "attach_probes": "attach",
     "calibrate_probe": "live.calibration",
     "evaluate_live": "live.evaluation",
@@ -63,6 +65,7 @@ _HOMES = {
     "register_reduction": "reductions",
     "score_prompts": "scoring",
     "sequence_maxima": "scoring",
+    "steer": "steering",
     "sweep": "sweep_run",
 }
 
@@ -82,6 +85,7 @@ __all__ = [
     "ReductionParameter",
     "SweepResult",
     "TokenEvent",
+    "ablate",
     "attach_probes",
     "calibrate_probe",
     "evaluate_live",
@@ -94,6 +98,7 @@ __all__ = [
     "register_reduction",
     "score_prompts",
     "sequence_maxima",
+    "steer",
     "sweep",
 ]
 

@@ -11,10 +11,11 @@ LmprobeError
 |- StoreError (ValueError)                 an activation store that is damaged, incomplete, or of other data
 |- IncompatibleProbeError (ValueError)     a probe that cannot score this model
 |- EngineError (RuntimeError)              a serving engine that cannot run probes as it is set up, or its version
-`- MonitorError (RuntimeError)             live scores that would be missing or wrong
+`- MonitorError (RuntimeError)             live scores, or changes, that would be missing or wrong
     `- ProbeNeverFiredError                a probe whose hook points saw no activation
 
 LmprobeWarning (UserWarning)
+|- NothingChangedWarning                   steering or ablation that left every activation as it was
 |- CalibrationWarning                      a threshold whose guarantee hangs on the last digits of the scores
 |- PoolingMismatchWarning                  trained on one pooling, used with another
 `- ModelMismatchWarning                    a probe file made with another model or tokenizer
@@ -77,7 +78,7 @@ class EngineError(LmprobeError, RuntimeError):
 
 
 class MonitorError(LmprobeError, RuntimeError):
-    """Live scores that would be missing or wrong."""
+    """Live scores, or changes of activations, that would be missing or wrong."""
 
 
 class ProbeNeverFiredError(MonitorError):
@@ -90,6 +91,10 @@ class LmprobeWarning(UserWarning):
 
 class CalibrationWarning(LmprobeWarning):
     """A threshold whose guarantee hangs on the last digits of the scores."""
+
+
+class NothingChangedWarning(LmprobeWarning):
+    """Steering or ablation that left every activation as it was."""
 
 
 class PoolingMismatchWarning(LmprobeWarning):

@@ -233,6 +233,34 @@ def add_hook(model: Any, hook_name: str, callback: Callable[[Tensor], None]) -> 
     return _add_hook(model.hook_dict[hook_name], callback)
 
 
+def add_editing_hook(model: Any, hook_name: str, callback: Callable[[Tensor], Tensor | None]) -> HookHandle:
+    """Put what `callback(activations [batch pos d_model])` returns in the place of the activations, for what follows in the
+    model and for hooks added later; None leaves them."""
+    hook_point = model.hook_dict[hook_name]
+
+    def edit(activations: Tensor, hook: Any) -> Tensor | None:
+        return callback(activations)
+
+    entry = hook_point.add_hook(edit) or hook_point.fwd_hooks[-1]
+    return HookHandle(hook_point, entry)
+
+
+def check_carries_stream(model: Any, hook_name: str) -> None:
+    """Raise InputError for a hook point at which a change would not enter the residual stream, though its name says so.
+
+    On a TransformerBridge `hook_resid_mid` is another name of what the second norm reads: a change there reaches the MLP,
+    and the stream flows past it.
+    """
+    canonical = getattr(model.hook_dict[hook_name], "name", hook_name)
+    if hook_name.endswith(".hook_resid_mid") and canonical and not canonical.endswith(".hook_resid_mid"):
+        block = hook_name.removesuffix(".hook_resid_mid")
+        raise InputError(
+            f"{hook_name!r} is {canonical!r} on this model: a change there reaches the MLP alone, not the residual stream. "
+            f"Use '{block}.hook_attn_out' (what attention adds to the stream), '{block}.hook_resid_post', or, where the MLP "
+            f"alone is meant, {canonical!r}."
+        )
+
+
 def _add_hook(hook_point: Any, callback: Callable[[Tensor], None]) -> HookHandle:
     def read_only(activations: Tensor, hook: Any) -> None:
         callback(activations)

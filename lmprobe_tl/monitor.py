@@ -20,10 +20,10 @@ from lmprobe_tl.hook_points import (
     search_in_progress,
 )
 from lmprobe_tl.live.events import EventReporter
-from lmprobe_tl.live.passes import LivePasses
+from lmprobe_tl.live.passes import LivePasses, inside_callback
 from lmprobe_tl.live.records import Alarm, Escalate, OnCrossing, OnToken
 from lmprobe_tl.live.residual_basis import BasisCheck
-from lmprobe_tl.live.rows import RowEnds, row_ends
+from lmprobe_tl.live.rows import RowEnds, check_padding, row_ends
 from lmprobe_tl.live.run import LiveRun
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.tokens import bos_id
@@ -216,7 +216,8 @@ class Monitor:
             if self._asks:
                 thread.is_telling = True
                 try:
-                    self._tell(run)
+                    with inside_callback():
+                        self._tell(run)
                 finally:
                     thread.is_telling = False
 
@@ -260,21 +261,7 @@ class Monitor:
                 "texts. Generate by sampling or greedily while probes are attached, or score the finished text with "
                 "score_prompts."
             )
-        self._check_padding(call)
-
-    def _check_padding(self, call: ForwardCall) -> None:
-        """A padded prompt without a mask: its pads would be scored as tokens."""
-        if call.attention_mask is not None or self._pad is None:
-            return
-        # Padding makes rows equally long, so that some rows have none of it. A BOS with the pad's id begins all rows.
-        edges = call.tokens[:, [0, -1]] == self._pad
-        padded = (edges.any(dim=0) & ~edges.all(dim=0)).any()
-        if padded:
-            raise MonitorError(
-                f"some rows begin or end with the pad token (id {self._pad}), and the model was called without an attention "
-                "mask, so pads cannot be told from tokens. Pass attention_mask=..., all ones where these are tokens. (For "
-                "strings, model.generate and score_prompts make a mask; model(...) does not.)"
-            )
+        check_padding(call, self._pad)
 
     def _reading(self, hook_names: Sequence[str]) -> list[str]:
         return sorted(probe.name for probe in self.plan.probes.values() if set(hook_names) & set(probe.hook_points))

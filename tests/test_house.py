@@ -45,7 +45,8 @@ FLOORS = {
     | {"vllm.server.response"}
     | {"weights_fingerprint", "store.writing", "store.shards", "store.merging"}
     | {"live", "live.records", "live.reduction", "live.watches", "live.scoring_plan", "live.history", "live.crossings"}
-    | {"live.rows", "live.columns", "live.run", "live.events", "live.passes", "live.residual_basis"},
+    | {"live.rows", "live.columns", "live.run", "live.events", "live.passes", "live.residual_basis"}
+    | {"live.edit", "live.change", "live.chosen_positions", "live.editor", "live.targets"},
     4: {
         "inference",
         "evaluation",
@@ -63,6 +64,7 @@ FLOORS = {
         "attach",
         "generation",
         "scoring",
+        "steering",
     }
     | {"live.calibration", "live.maxima", "live.sequences", "live.evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},

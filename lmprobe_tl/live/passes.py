@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,28 @@ class ThreadState:
 
     def end_call(self) -> None:
         self.call, self.partials = None, {}
+
+
+class _Callbacks(threading.local):
+    depth = 0
+
+
+_callbacks = _Callbacks()
+
+
+@contextmanager
+def inside_callback() -> Iterator[None]:
+    """A user's callback is at work in this thread: the forward passes that it makes are no part of the one it is told of."""
+    _callbacks.depth += 1
+    try:
+        yield
+    finally:
+        _callbacks.depth -= 1
+
+
+def in_callback() -> bool:
+    """Whether a forward pass of this thread was made by a callback of attached probes."""
+    return _callbacks.depth > 0
 
 
 class LivePasses:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmprobe_tl.errors import MonitorError
-from lmprobe_tl.hook_points import end_of_sequence_ids
+from lmprobe_tl.hook_points import ForwardCall, end_of_sequence_ids
 from lmprobe_tl.tokens import without_bos
 
 
@@ -65,7 +65,7 @@ class LiveRows:
     def generated(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Columns of generated tokens; a row ends before its first EOS. [batch new] twice: real, counted."""
         if self._ends.end_ids:
-            is_end = _is_one_of(tokens, self._ends.end_ids)
+            is_end = is_one_of(tokens, self._ends.end_ids)
             gone = self._ended | (is_end if tokens.shape[1] == 1 else is_end.cumsum(dim=1) > 0)
             self._ended = gone[:, -1:]
         else:
@@ -83,7 +83,7 @@ class LiveRows:
         # The first column that is gone holds the EOS, or the token that was sampled together with a stop.
         gone = mask & ~real
         before = torch.cat([self._gone, gone[:, :-1]], dim=1)
-        self._went_on = self._went_on | (before & ~_is_one_of(tokens, self._ends.filler_ids)).any(dim=1)
+        self._went_on = self._went_on | (before & ~is_one_of(tokens, self._ends.filler_ids)).any(dim=1)
         self._gone = gone[:, -1:]
 
     def stop(self, rows: Tensor) -> None:
@@ -112,7 +112,7 @@ class LiveRows:
             )
 
 
-def _is_one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
+def is_one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
     """[batch new] bool. A comparison for each id, since a list of ids would have to be copied to the device."""
     if not ids:
         return torch.zeros_like(tokens, dtype=torch.bool)
@@ -120,3 +120,18 @@ def _is_one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
     for token_id in ids[1:]:
         found = found | (tokens == token_id)
     return found
+
+
+def check_padding(call: ForwardCall, pad_token_id: int | None) -> None:
+    """Raise MonitorError for a padded prompt without a mask: its pads would be taken for tokens."""
+    if call.attention_mask is not None or pad_token_id is None:
+        return
+    # Padding makes rows equally long, so that some rows have none of it. A BOS with the pad's id begins all rows.
+    edges = call.tokens[:, [0, -1]] == pad_token_id
+    padded = (edges.any(dim=0) & ~edges.all(dim=0)).any()
+    if padded:
+        raise MonitorError(
+            f"some rows begin or end with the pad token (id {pad_token_id}), and the model was called without an attention "
+            "mask, so pads cannot be told from tokens. Pass attention_mask=..., all ones where these are tokens. (For "
+            "strings, model.generate and score_prompts make a mask; model(...) does not.)"
+        )
