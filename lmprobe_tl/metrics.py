@@ -163,6 +163,10 @@ class CalibrationBins:
 
     def error(self, weight: Array) -> Array:
         """[...] for weight [... n_examples], in the order of `order`."""
+        return np.abs(self.gaps(weight)).sum(axis=-1)
+
+    def gaps(self, weight: Array) -> Array:
+        """What each bin adds to share of positives - mean probability, [... n_bins]."""
         mass, gap = weight, weight * self._gap
         if len(self._first_of_tie) < weight.shape[-1]:
             mass, gap = (np.add.reduceat(part, self._first_of_tie, axis=-1) for part in (mass, gap))
@@ -172,7 +176,7 @@ class CalibrationBins:
         bins = np.minimum((below - mass / 2) * self._n_bins / total, self._n_bins - 1).astype(np.int64)
         rows = np.arange(bins[..., 0].size).reshape(*bins.shape[:-1], 1)
         sums = np.bincount((bins + rows * self._n_bins).ravel(), weights=gap.ravel(), minlength=rows.size * self._n_bins)
-        return np.abs(sums.reshape(*bins.shape[:-1], self._n_bins)).sum(axis=-1) / total[..., 0]
+        return sums.reshape(*bins.shape[:-1], self._n_bins) / total
 
 
 def _two_classes(
