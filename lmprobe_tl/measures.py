@@ -130,19 +130,20 @@ def measures_of(samples: Mapping[str, Sampled], resamples: Resamples) -> dict[st
 
 
 def differences_of(
-    first: Mapping[str, Sampled], second: Mapping[str, Sampled], resamples: Resamples
+    first: Mapping[str, Sampled],
+    second: Mapping[str, Sampled],
+    resamples: Resamples,
+    resamples_of_second: Resamples | None = None,
 ) -> dict[str, Difference]:
     """First less second for each metric that both have. Of a calibration error there is none: chance adds to both, but not
-    the same."""
+    the same. resamples_of_second: for independent data, which have resamples of their own."""
     both = [name for name in first if name in second and name != "calibration_error"]
-    found = {name: difference_of(first[name], second[name], resamples, resamples) for name in both}
+    found = {name: _difference(first[name], second[name], resamples, resamples_of_second or resamples) for name in both}
     return {name: one for name, one in found.items() if one is not None}
 
 
-def difference_of(
-    first: Sampled, second: Sampled, resamples: Resamples, resamples_of_second: Resamples
-) -> Difference | None:
-    """None where one of them has no value. The resamples are the same, or, for independent data, of each its own."""
+def _difference(first: Sampled, second: Sampled, resamples: Resamples, resamples_of_second: Resamples) -> Difference | None:
+    """None where one of them has no value."""
     if first.value is None or second.value is None or first.values is None or second.values is None:
         return None
     n_bootstrap = min(len(first.values), len(second.values))
@@ -187,7 +188,7 @@ def _undefined(examples: Scored, fprs: Sequence[float], calibration: bool) -> di
     of_two = ["auprc", *map(tpr_name, fprs), *["calibration_error", "brier"] * calibration]
     missing = sorted(set(range(len(examples.classes))) - set(examples.labels.tolist()))
     if missing:
-        note = f"no {examples.level} of class {examples.classes[missing[0]].item()!r}"
+        note = f"no {examples.level} of class {examples.classes[missing[0]]!r}"
         return dict.fromkeys(["auroc", *of_two], note)
     if not examples.is_binary:
         return dict.fromkeys(of_two, _TWO_CLASSES.format(n=len(examples.classes)))

@@ -34,7 +34,7 @@ from lmprobe_tl.live.calibration import CalibrationGoal, check_unseen, measure_c
 from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, resolve_pooling
 from lmprobe_tl.probe_spec import TrainingRecord
 from lmprobe_tl.provenance import classifier_name, data_hash
-from lmprobe_tl.scored import Scored, scored
+from lmprobe_tl.scored import Scored
 from lmprobe_tl.store_examples import StoreExamples, check_store_is_of
 from lmprobe_tl.tokens import (
     Prompt,
@@ -375,9 +375,9 @@ class Probe(ClassifierMixin, BaseEstimator):
         """
         judged = self.judged(prompts, labels)
         return evaluate_scores(
-            judged.classes[judged.labels],
+            self.classes_[judged.labels],
             judged.scores,
-            judged.classes[judged.predicted],
+            self.classes_[judged.predicted],
             judged.prompts,
             level=judged.level,
             pooling="all" if judged.level == "token" else pooling_name(self.poolings()[1]),
@@ -400,14 +400,14 @@ class Probe(ClassifierMixin, BaseEstimator):
         token_labels = are_token_labels(labels)
         if not token_labels:
             labels = check_labels(labels, len(prompts))
-        found = []
+        classes, found = self.classes_.tolist(), []
         for outputs in self._outputs_of(classifiers, prompts, "all" if token_labels else None):
             if isinstance(outputs, TokenOutputs):
                 owners = np.repeat(np.arange(len(prompts)), outputs.lengths)
                 truth = np.concatenate(check_token_labels(labels, outputs.lengths)) if token_labels else labels[owners]
-                one = scored(truth, outputs.logits, outputs.probabilities, owners, self.classes_, "token")
+                one = Scored.of(truth, outputs.logits, outputs.probabilities, owners, classes, "token")
             else:
-                one = scored(labels, *outputs, np.arange(len(prompts)), self.classes_, "prompt")
+                one = Scored.of(labels, *outputs, np.arange(len(prompts)), classes, "prompt")
             found.append(one)
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.probe_spec import Label
 
 Array = NDArray[Any]
 
@@ -25,8 +27,26 @@ class Scored:
     scores: Array
     probabilities: Array
     prompts: NDArray[np.int64]
-    classes: Array
+    classes: tuple[Label, ...]
     level: str
+
+    @classmethod
+    def of(
+        cls, truth: Array, logits: Array, probabilities: Array, prompts: Array, classes: Sequence[Label], level: str
+    ) -> Scored:
+        """truth: [n_examples] labels; logits, probabilities: as `logits_of` and `probabilities_of` give them.
+
+        InputError for a label that is no class.
+        """
+        found, index = np.unique(truth, return_inverse=True)
+        place = {label: at for at, label in enumerate(classes)}
+        unknown = [label for label in found.tolist() if label not in place]
+        if unknown:
+            raise InputError(f"labels holds {unknown[0]!r}, but the probe knows only {list(classes)}.")
+        labels = np.array([place[label] for label in found.tolist()], dtype=np.int64)[index]
+        # Two classes are ranked by logits: probabilities near 1 are all the same number.
+        scores = logits if len(classes) == 2 else probabilities
+        return cls(labels, scores, probabilities, prompts, tuple(classes), level)
 
     @property
     def is_binary(self) -> bool:
@@ -52,15 +72,16 @@ class Scored:
             prompts=self.prompts[kept],
         )
 
-
-def scored(truth: Array, logits: Array, probabilities: Array, prompts: Array, classes: Array, level: str) -> Scored:
-    """truth: [n_examples] labels; logits, probabilities: as `logits_of` and `probabilities_of` give them.
-
-    InputError for a label that is no class.
-    """
-    unknown = set(np.unique(truth).tolist()) - set(classes.tolist())
-    if unknown:
-        raise InputError(f"labels holds {sorted(unknown, key=str)[0]!r}, but the probe knows only {classes.tolist()}.")
-    # Two classes are ranked by logits: probabilities near 1 are all the same number.
-    scores = logits if len(classes) == 2 else probabilities
-    return Scored(np.searchsorted(classes, truth), scores, probabilities, prompts, classes, level)
+    def with_classes(self, classes: tuple[Label, ...]) -> Scored:
+        """The same with the classes in another order, of which the second of two is the positive one."""
+        if classes == self.classes:
+            return self
+        order = [self.classes.index(label) for label in classes]
+        scores = -self.scores if self.is_binary else self.scores[:, order]
+        return replace(
+            self,
+            labels=np.argsort(order)[self.labels],
+            scores=scores,
+            probabilities=self.probabilities[:, order],
+            classes=classes,
+        )

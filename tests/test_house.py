@@ -20,7 +20,7 @@ FLOORS = {
     2: {"checked_record", "probe_spec", "weights", "probe_file", "probe_summary", "labels", "metrics", "calibration"}
     | {"given_probes", "provenance", "store", "store.record", "activation_store", "splits", "token_bag", "bootstrap", "scored", "measures"}
     | {"estimators", "estimators.blocks", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"}
-    | {"estimators.streaming"},
+    | {"estimators.streaming", "estimators.baselines"},
     3: {
         "forward_watch",
         "generate_call",
@@ -31,7 +31,7 @@ FLOORS = {
         "extraction",
         "compatibility",
     }
-    | {"activation_source"}
+    | {"activation_source", "token_text"}
     | {"vllm", "vllm._compat", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes", "vllm.results", "vllm.running"}
     | {"vllm.runtime", "vllm.slots", "vllm.steps", "vllm.structure", "vllm.wire", "vllm.worker", "vllm.activations"}
     | {"vllm.engine", "vllm.connection", "vllm.inbox", "vllm.online_engine", "vllm.publisher"}
@@ -57,9 +57,10 @@ FLOORS = {
         "generation",
         "scoring",
     }
+    | {"judged_probe", "recipe", "controls", "verdict", "probe_report", "report_table", "probe_evaluation", "shift"}
     | {"live.calibration", "live.maxima", "live.sequences", "live.evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
-    6: {"colours", "report", "token_text"}
+    6: {"colours", "report"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}
     | {"terminal.token_style"},
     7: {"cli", "cli.app", "cli.options", "cli.data_files"}
@@ -77,9 +78,13 @@ ONLY_IN = {
         "estimators.linear_rule",
         "estimators.mass_mean",
         "estimators.streaming",
+        "estimators.baselines",
         "metrics",
         "probe",
         "artefact",
+        "judged_probe",
+        "recipe",
+        "controls",
         "splits",
         "token_bag",
         "cli.fit",
