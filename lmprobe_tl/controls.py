@@ -25,7 +25,7 @@ from lmprobe_tl.token_bag import make_token_bag
 Array = NDArray[Any]
 
 EMBEDDING = "blocks.0.hook_resid_pre"
-_NEEDS_TRAINING = "needs the training prompts"
+_NEEDS_TRAINING = "needs the training prompts (train)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,7 @@ def _group(setting: ControlSetting) -> Control:
     if setting.train is None:
         raise _ImpossibleError(_NEEDS_TRAINING)
     if setting.train.groups is None:
-        raise _ImpossibleError("needs the groups of the training prompts")
+        raise _ImpossibleError("needs the groups of the training prompts (train)")
     if not set(setting.given.groups.tolist()) & set(setting.train.groups.tolist()):
         raise _ImpossibleError("no group of the judged prompts is among the training prompts")
     train, judged = setting.known_examples, setting.judged

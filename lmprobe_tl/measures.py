@@ -179,7 +179,7 @@ def _measure(one: Sampled, resamples: Resamples) -> Measure:
     low, high = one.interval or (low, high)
     note = one.note
     if low == high:
-        note = note or "the same in every resample, which says little of other prompts"
+        note = note or "all resamples are the same"
     return Measure(value=one.value, low=low, high=high, n=resamples.n_groups, note=note)
 
 
@@ -194,7 +194,7 @@ def _undefined(examples: Scored, fprs: Sequence[float], calibration: bool) -> di
         return dict.fromkeys(of_two, _TWO_CLASSES.format(n=len(examples.classes)))
     n_negatives = int((examples.labels == 0).sum())
     return {
-        tpr_name(fpr): f"needs {needed:,} negative {examples.level}s to resolve; there are {n_negatives:,}"
+        tpr_name(fpr): f"needs {needed:,} negatives, has {n_negatives:,}"
         for fpr in fprs
         if fpr > 0 and n_negatives < (needed := math.ceil(1 / fpr - 1e-9))
     }

@@ -32,6 +32,7 @@ from lmprobe_tl.inference import TokenOutputs, prompt_outputs, token_outputs
 from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
 from lmprobe_tl.live.calibration import CalibrationGoal, check_unseen, measure_calibration, score_settings
 from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy, resolve_pooling
+from lmprobe_tl.probe_report import ProbeReport
 from lmprobe_tl.probe_spec import TrainingRecord
 from lmprobe_tl.provenance import classifier_name, data_hash
 from lmprobe_tl.scored import Scored
@@ -477,10 +478,13 @@ class Probe(ClassifierMixin, BaseEstimator):
         """The artefact without what `calibrate` learnt."""
         return artefact_of(self)
 
-    def save(self, path: str | Path, *, evaluation: Evaluation | None = None) -> Path:
+    def save(self, path: str | Path, *, evaluation: Evaluation | ProbeReport | None = None) -> Path:
         """Write the probe file, with the metrics of an evaluation if one is given; equal to `weights_.save(path)`."""
-        if evaluation is not None and not isinstance(evaluation, Evaluation):
-            raise InputError(f"evaluation is a {type(evaluation).__name__}; expected what `evaluate` returned, or None.")
+        if evaluation is not None and not isinstance(evaluation, (Evaluation, ProbeReport)):
+            raise InputError(
+                f"evaluation is a {type(evaluation).__name__}; expected what `evaluate` or `evaluate_probe` returned, "
+                "or None."
+            )
         weights = self.to_weights()
         if evaluation is not None:
             weights = weights.with_metrics({**weights.spec.metrics, **evaluation.records()})

@@ -105,7 +105,7 @@ def evaluate_probe(
     )
     for what, one in (("labels", given), ("the training labels", taught)):
         if one is not None:
-            _check_known(one.labels, subject.classes, what, every=one is taught)
+            check_known(one.labels, subject.classes, what, every=one is taught)
     judged = subject.judged(given.prompts, given.labels)
     check_classes(judged.labels)
     drawing: dict[str, Any] = {"n_bootstrap": n_bootstrap, "confidence": confidence, "random_state": random_state}
@@ -117,7 +117,8 @@ def evaluate_probe(
     reports = {name: _control_report(name, one, samples, resamples, fprs) for name, one in found.items()}
     by_group = {} if given.groups is None else _by_group(judged, given.groups, fprs, drawing)
     n_trained_on = _n_trained_on(subject, given, taught)
-    conclusion, text = verdict(metrics["auroc"], reports, n_trained_on, len(given.prompts))
+    worst, worst_by = _worst(by_group)
+    conclusion, text = verdict(metrics["auroc"], reports, left_out, by_group, worst, n_trained_on, len(given.prompts))
     return ProbeReport(
         probe=subject.name,
         model=model_record(subject.model).id,
@@ -134,7 +135,8 @@ def evaluate_probe(
         controls=reports,
         left_out=left_out,
         groups=by_group,
-        worst_group=_worst(by_group),
+        worst_group=worst,
+        worst_by=worst_by,
         conclusion=conclusion,
         verdict=text,
         notes=(*subject.notes, *_notes(subject, taught)),
@@ -166,7 +168,7 @@ def _training_prompts(train: Any) -> LabelledPrompts:
     return labelled_prompts(*train)
 
 
-def _check_known(labels: Any, classes: Sequence[Any], what: str, *, every: bool) -> None:
+def check_known(labels: Any, classes: Sequence[Any], what: str, *, every: bool) -> None:
     """InputError for a label that the probe does not know, for a single class, and with `every` for a class that is
     missing."""
     parts = [np.asarray(part) for part in labels] if are_token_labels(labels) else [labels]
@@ -221,14 +223,15 @@ def _by_group(
     return found
 
 
-def _worst(groups: Mapping[str, GroupReport]) -> str | None:
-    """Of those with an interval, or else of all."""
+def _worst(groups: Mapping[str, GroupReport]) -> tuple[str | None, str | None]:
+    """The group with the lowest metric, of those with an interval or else of all, and which metric."""
     for metric in ("auroc", "accuracy"):
-        known = {name: one.metrics[metric] for name, one in groups.items() if one.metrics[metric].value is not None}
-        sure = {name: one for name, one in known.items() if one.low is not None} or known
+        values = {name: one.metrics[metric].value for name, one in groups.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        sure = {name: value for name, value in known.items() if groups[name].metrics[metric].low is not None} or known
         if len(known) > 1:
-            return min(sure, key=lambda name: sure[name].value or 0.0)
-    return None
+            return min(sure, key=sure.__getitem__), metric
+    return None, None
 
 
 def _n_trained_on(subject: JudgedProbe, given: LabelledPrompts, taught: LabelledPrompts | None) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from lmprobe_tl.checked_record import Record, require, shown
 from lmprobe_tl.errors import InputError, ProbeFileError
+from lmprobe_tl.files import canonical_json, write_atomically
 from lmprobe_tl.measures import Difference, Measure, metric_records
 from lmprobe_tl.probe_spec import Label, MetricRecord
 
@@ -28,7 +29,7 @@ class SavedRecord(Record):
 
     def to_json(self) -> str:
         """One JSON object, which `from_json` reads back to an equal record."""
-        return json.dumps({"kind": type(self).__name__, **self.to_dict()}, allow_nan=False)
+        return canonical_json({"kind": type(self).__name__, **self.to_dict()})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -46,9 +47,9 @@ class SavedRecord(Record):
             raise InputError(f"no {cls.__name__}: {error}") from error
 
     def save(self, path: str | Path) -> Path:
-        """Write the JSON to a file."""
+        """Write the JSON to a file, whole or not at all."""
         path = Path(path)
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        write_atomically(path, self.to_json().encode() + b"\n")
         return path
 
 
@@ -138,7 +139,7 @@ class ProbeReport(SavedRecord):
 
     class_counts, n_examples: of prompts, or of tokens where `level` is 'token'. left_out: why controls did not run, by name.
     n_trained_on: how many of the judged prompts are training prompts too; None where these are not known.
-    worst_group: that with the lowest AUROC, or the lowest accuracy where no group has an AUROC.
+    worst_group: that with the lowest `worst_by`: AUROC, or accuracy where no two groups have an AUROC.
     conclusion: what `verdict` says, in two or three words. notes: what else a reader should know.
     """
 
@@ -158,6 +159,7 @@ class ProbeReport(SavedRecord):
     left_out: Mapping[str, str]
     groups: Mapping[str, GroupReport]
     worst_group: str | None
+    worst_by: str | None
     shift: ShiftReport | None = None
     conclusion: Conclusion
     verdict: str

@@ -34,7 +34,7 @@ def report_table(report: ProbeReport) -> str:
     if report.controls or report.left_out:
         blocks.append(_control_lines(report.controls, report.left_out))
     if report.groups:
-        blocks.append(_group_lines(report.groups, report.worst_group))
+        blocks.append(_group_lines(report.groups, report.worst_group, report.worst_by))
     if report.shift is not None:
         blocks.append(_shift_lines(report.shift))
     blocks.append([f"verdict: {report.conclusion}", *_wrapped(report.verdict, "  ")])
@@ -81,14 +81,16 @@ def _control_lines(controls: Mapping[str, ControlReport], left_out: Mapping[str,
     return lines + [line for name, why in left_out.items() for line in _wrapped(f"  not run: {name}: {why}", later="    ")]
 
 
-def _group_lines(groups: Mapping[str, GroupReport], worst: str | None) -> list[str]:
+def _group_lines(groups: Mapping[str, GroupReport], worst: str | None, worst_by: str | None) -> list[str]:
     lines = [f"  {'group':<{_NAME}}  prompts  {'AUROC':<20}  accuracy"]
     for name, one in groups.items():
         bands = [_band(one.metrics[metric]) for metric in ("auroc", "accuracy")]
         lines.append(f"  {_fitted(name, _NAME)}  {one.n_prompts:>7,}  {bands[0]:<20}  {bands[1]}".rstrip())
         note = one.metrics["auroc"].note
         lines += _wrapped(note, "    ") if one.metrics["auroc"].value is None else []
-    return lines + (_wrapped(f"  worst: {worst}", later="    ") if worst is not None else [])
+    if worst is not None and worst_by is not None:
+        lines += _wrapped(f"  worst by {metric_words(worst_by)}: {worst}", later="    ")
+    return lines
 
 
 def _shift_lines(shift: ShiftReport) -> list[str]:

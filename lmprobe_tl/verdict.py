@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lmprobe_tl.measures import Difference, Measure
-from lmprobe_tl.probe_report import Conclusion, ControlReport
+from lmprobe_tl.probe_report import Conclusion, ControlReport, GroupReport
 
 # What a control is called in a sentence, and what it means not to beat it.
 _WORDS = {
@@ -22,32 +22,47 @@ _WORDS = {
 
 
 def verdict(
-    auroc: Measure, controls: Mapping[str, ControlReport], n_trained_on: int | None, n_prompts: int
+    auroc: Measure,
+    controls: Mapping[str, ControlReport],
+    left_out: Mapping[str, str],
+    groups: Mapping[str, GroupReport],
+    worst_group: str | None,
+    n_trained_on: int | None,
+    n_prompts: int,
 ) -> tuple[Conclusion, str]:
-    """A conclusion and its reasons; AUROC decides."""
-    leaks = _leaks(controls, n_trained_on, n_prompts)
+    """A conclusion and its reasons; AUROC decides. worst_group: of those with an AUROC, if there are several."""
+    conclusion, lines = _conclusion(auroc, controls, _leaks(controls, n_trained_on, n_prompts))
+    if left_out and conclusion != "leakage":
+        named = ", ".join(_WORDS[name][0] for name in left_out)
+        lines.append(f"Nothing is known of {named}: these controls did not run.")
+    if groups and all(one.metrics["auroc"].value is None for one in groups.values()):
+        lines.append("No group holds both classes, so the probe may tell the groups apart and not the labels.")
+    worst = None if worst_group is None else groups[worst_group].metrics["auroc"]
+    if worst is not None and worst.low is not None and worst.low <= 0.5:
+        band = _band(worst.value, worst.low, worst.high)
+        lines.append(f"In the group {worst_group!r} the probe is not above chance: AUROC {band}.")
+    return conclusion, " ".join(lines)
+
+
+def _conclusion(auroc: Measure, controls: Mapping[str, ControlReport], leaks: list[str]) -> tuple[Conclusion, list[str]]:
     compared = {name: one.differences["auroc"] for name, one in controls.items() if "auroc" in one.differences}
     unbeaten = {name: one for name, one in compared.items() if one.low is not None and not one.is_above_zero}
-    unknown = [name for name, one in compared.items() if one.low is None]
-    lines = [*leaks, *(_unbeaten(name, one, auroc, controls[name]) for name, one in unbeaten.items())]
+    lines = list(leaks)
     if auroc.low is not None and auroc.low <= 0.5:
-        lines.insert(len(leaks), f"The probe is not above chance: AUROC {_band(auroc.value, auroc.low, auroc.high)}.")
-    if leaks:
-        return "leakage", " ".join(lines)
+        lines.append(f"The probe is not above chance: AUROC {_band(auroc.value, auroc.low, auroc.high)}.")
+    lines += [_unbeaten(name, one, auroc, controls[name]) for name, one in unbeaten.items()]
     if lines:
-        return "does not beat its controls", " ".join(lines)
+        return "leakage" if leaks else "does not beat its controls", lines
     if not compared:
-        return "undecided", "No control ran, so nothing says whether the probe reads more than words, length or chance."
-    if unknown or auroc.low is None:
-        named = ", ".join(_WORDS[name][0] for name in unknown or compared)
-        return (
-            "undecided",
-            f"Too few prompts to tell whether the probe beats {named}: a class is in fewer than five of them.",
-        )
+        return "undecided", ["No control ran, so nothing says whether the probe reads more than words, length or chance."]
+    unknown = [name for name, one in compared.items() if one.low is None]
+    if unknown:
+        named = ", ".join(_WORDS[name][0] for name in unknown)
+        return "undecided", [f"Too few prompts to tell whether the probe beats {named}: a class is in fewer than five."]
     closest = min(compared, key=lambda name: compared[name].value)
-    told = f"The closest is {_WORDS[closest][0]}: difference {_shown(compared[closest])}."
     count = f"every control that ran ({len(compared)})" if len(compared) > 1 else _WORDS[closest][0]
-    return "beats its controls", f"The probe beats {count} on AUROC. {told}"
+    told = f"The closest is {_WORDS[closest][0]}: difference {_shown(compared[closest])}."
+    return "beats its controls", [f"The probe beats {count} on AUROC. {told}"]
 
 
 def _leaks(controls: Mapping[str, ControlReport], n_trained_on: int | None, n_prompts: int) -> list[str]:

@@ -65,7 +65,7 @@ FLOORS = {
     | {"terminal.token_style"},
     7: {"cli", "cli.app", "cli.options", "cli.data_files"}
     | {"cli.calibrate", "cli.demo", "cli.extract", "cli.fit", "cli.generate", "cli.inspect", "cli.score", "cli.serve"}
-    | {"cli.sweep"},
+    | {"cli.sweep", "cli.eval"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SKINS = {module for floor in (6, 7) for module in FLOORS[floor]}
