@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
@@ -130,11 +130,20 @@ def _share(one: Difference | None) -> str:
 
 
 def _wrapped(text: str, indent: str = "", *, later: str | None = None) -> list[str]:
-    """Lines of at most 80 columns; the first keeps the spaces that it begins with."""
-    after = indent if later is None else later
-    shown = _printable(text)
-    start = len(shown) - len(shown.lstrip())
-    return textwrap.wrap(shown.lstrip(), WIDTH, initial_indent=indent + " " * start, subsequent_indent=after) or [""]
+    """Lines of at most 80 columns, where wide characters take two; spaces inside a line stay as they are."""
+    lines, line, is_fresh = [], indent, True
+    for gap, word in re.findall("( *)([^ ]+)", _printable(text)):
+        if not is_fresh and _columns(line + gap + word) > WIDTH:
+            lines.append(line)
+            line, gap = indent if later is None else later, ""
+        line += gap
+        for char in word:  # a word may be longer than a line
+            if _columns(line + char) > WIDTH:
+                lines.append(line)
+                line = indent if later is None else later
+            line += char
+        is_fresh = False
+    return [*lines, line]
 
 
 def _fitted(name: str, width: int) -> str:

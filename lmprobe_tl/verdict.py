@@ -50,6 +50,8 @@ def _conclusion(auroc: Measure, controls: Mapping[str, ControlReport], leaks: li
     lines = list(leaks)
     if auroc.low is not None and auroc.low <= 0.5:
         lines.append(f"The probe is not above chance: AUROC {_band(auroc.value, auroc.low, auroc.high)}.")
+    if leaks:
+        unbeaten.pop("shuffled_labels", None)  # said already
     lines += [_unbeaten(name, one, auroc, controls[name]) for name, one in unbeaten.items()]
     if lines:
         return "leakage" if leaks else "does not beat its controls", lines

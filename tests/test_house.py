@@ -18,7 +18,18 @@ FLOORS = {
     0: {"errors", "types", "files"},
     1: {"masks", "pooling", "reductions", "online", "twins", "twin_check"},
     2: {"checked_record", "probe_spec", "weights", "probe_file", "probe_summary", "labels", "metrics", "calibration"}
-    | {"given_probes", "provenance", "store", "store.record", "activation_store", "splits", "token_bag", "bootstrap", "scored", "measures"}
+    | {
+        "given_probes",
+        "provenance",
+        "store",
+        "store.record",
+        "activation_store",
+        "splits",
+        "token_bag",
+        "bootstrap",
+        "scored",
+        "measures",
+    }
     | {"estimators", "estimators.blocks", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"}
     | {"estimators.streaming", "estimators.baselines"},
     3: {
