@@ -15,9 +15,10 @@ from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.baselines import RandomDirectionClassifier, make_length_classifier, shares_by_group
 from lmprobe_tl.estimators.fitting import logits_of, probabilities_of
 from lmprobe_tl.judged_probe import JudgedProbe
+from lmprobe_tl.labelled_prompts import LabelledPrompts
 from lmprobe_tl.labels import are_token_labels
 from lmprobe_tl.probe import Probe
-from lmprobe_tl.recipe import LabelledPrompts, Recipe
+from lmprobe_tl.recipe import Recipe
 from lmprobe_tl.scored import Scored
 from lmprobe_tl.sweep_examples import SweepExamples, sweep_examples
 from lmprobe_tl.token_bag import make_token_bag
@@ -227,3 +228,4 @@ _REFITS: dict[str, Callable[[ControlSetting], _Refit]] = {
     "layer_0": _layer_0,
 }
 CONTROLS = ("bag_of_words", "layer_0", "length", "group", "random_direction", "shuffled_labels")
+DRAWN = ("random_direction", "shuffled_labels")  # whose metrics are means over several draws

@@ -89,7 +89,7 @@ def sampled_ranks(
     """Metrics that depend on the ranks of the scores alone. labels: [n_examples] from 0 on, all of them there; scores:
     [n_examples], or [n_examples n_classes], for which there is AUROC alone."""
     if scores.ndim == 2:
-        return {"auroc": mean_of([_one_against_the_rest(labels == at, one, resamples) for at, one in enumerate(scores.T)])}
+        return {"auroc": sampled_auroc(labels, scores, resamples)}
     ranking = Ranking(labels == 1, scores)
 
     def measure(weight: Array) -> Array:
@@ -101,8 +101,12 @@ def sampled_ranks(
     return {name: Sampled(float(value[at]), values[:, at]) for at, name in enumerate(names)}
 
 
-def _one_against_the_rest(is_positive: NDArray[np.bool_], scores: Array, resamples: Resamples) -> Sampled:
-    ranking = Ranking(is_positive, scores)
+def sampled_auroc(labels: NDArray[np.int64], scores: Array, resamples: Resamples) -> Sampled:
+    """As `sampled_ranks` gives it, in less time."""
+    if scores.ndim == 2:
+        columns = enumerate(scores.T)
+        return mean_of([sampled_auroc((labels == at).astype(np.int64), column, resamples) for at, column in columns])
+    ranking = Ranking(labels == 1, scores)
     return _sampled(lambda weight: ranking.curve(weight).auroc(), resamples, ranking.order)
 
 

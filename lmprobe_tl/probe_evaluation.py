@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
 from lmprobe_tl.bootstrap import Resamples, check_bootstrap
-from lmprobe_tl.controls import Control, ControlSetting, check_controls, run_controls
-from lmprobe_tl.errors import InputError
+from lmprobe_tl.controls import DRAWN, Control, ControlSetting, check_controls, run_controls
 from lmprobe_tl.hook_points import model_record
 from lmprobe_tl.judged_probe import JudgedProbe, inference_name, judged_probe
-from lmprobe_tl.labels import are_token_labels, check_classes, check_labels
+from lmprobe_tl.labelled_prompts import LabelledPrompts, check_known, labelled_prompts, training_prompts
+from lmprobe_tl.labels import are_token_labels, check_classes
 from lmprobe_tl.measures import (
     FPRS,
     Difference,
@@ -23,14 +23,15 @@ from lmprobe_tl.measures import (
     differences_of,
     mean_of,
     measures_of,
+    sampled_auroc,
+    sampled_mean,
     sampled_metrics,
 )
 from lmprobe_tl.probe_report import ControlReport, ExampleRecord, GroupReport, ProbeReport
 from lmprobe_tl.provenance import data_hash
-from lmprobe_tl.recipe import LabelledPrompts
 from lmprobe_tl.scored import Scored
 from lmprobe_tl.token_text import TokenText
-from lmprobe_tl.tokens import Prompt, Truncation, check_count, check_prompts, row_digest
+from lmprobe_tl.tokens import Prompt, Truncation, check_count, row_digest
 from lmprobe_tl.verdict import verdict
 
 _LEAK_CONFIDENCE = 0.99  # two-sided: one sound probe in 200 is called leaky
@@ -92,7 +93,7 @@ def evaluate_probe(
     check_count("n_draws", n_draws)
     names = check_controls(controls, has_groups=groups is not None)
     given = labelled_prompts(prompts, labels, groups)
-    taught = None if train is None else _training_prompts(train)
+    taught = None if train is None else training_prompts(train)
     subject = judged_probe(
         probe,
         model,
@@ -103,9 +104,9 @@ def evaluate_probe(
         batch_size=batch_size,
         progress=progress,
     )
-    for what, one in (("labels", given), ("the training labels", taught)):
-        if one is not None:
-            check_known(one.labels, subject.classes, what, every=one is taught)
+    check_known(given.labels, subject.classes, "labels")
+    if taught is not None:
+        check_known(taught.labels, subject.classes, "the training labels", needs="all classes")
     judged = subject.judged(given.prompts, given.labels)
     check_classes(judged.labels)
     drawing: dict[str, Any] = {"n_bootstrap": n_bootstrap, "confidence": confidence, "random_state": random_state}
@@ -148,49 +149,18 @@ def evaluate_probe(
     )
 
 
-def labelled_prompts(prompts: Sequence[Prompt], labels: Any, groups: Sequence[Any] | None = None) -> LabelledPrompts:
-    """Checked, as far as that is possible without a model."""
-    listed = check_prompts(prompts)
-    if not are_token_labels(labels):
-        labels = check_labels(labels, len(listed))
-    elif len(labels) != len(listed):
-        raise InputError(f"{len(listed)} prompts but {len(labels)} sequences of token labels.")
-    if groups is not None and len(groups) != len(listed):
-        raise InputError(f"{len(listed)} prompts but {len(groups)} groups; expected one a prompt.")
-    return LabelledPrompts(listed, labels, None if groups is None else np.array([str(group) for group in groups]))
-
-
-def _training_prompts(train: Any) -> LabelledPrompts:
-    if not isinstance(train, (tuple, list)) or len(train) not in (2, 3):
-        raise InputError(
-            f"train is a {type(train).__name__} of another form; expected (prompts, labels) or (prompts, labels, groups)."
-        )
-    return labelled_prompts(*train)
-
-
-def check_known(labels: Any, classes: Sequence[Any], what: str, *, every: bool) -> None:
-    """InputError for a label that the probe does not know, for a single class, and with `every` for a class that is
-    missing."""
-    parts = [np.asarray(part) for part in labels] if are_token_labels(labels) else [labels]
-    found = np.unique(np.concatenate([part for part in parts if part.size])).tolist()
-    unknown = [label for label in found if label not in classes]
-    if unknown:
-        raise InputError(f"{what}: {unknown[0]!r} is no label of the probe; expected those of {list(classes)}.")
-    if len(found) < 2:
-        raise InputError(f"{what}: all are {found[0]!r}; an evaluation needs examples of at least two classes.")
-    missing = [label for label in classes if label not in found]
-    if every and missing:
-        raise InputError(f"{what}: none is {missing[0]!r}, which the probe knows; expected all of {list(classes)}.")
-
-
 def _control_report(
     name: str, control: Control, probe: Mapping[str, Sampled], resamples: Resamples, fprs: Sequence[float]
 ) -> ControlReport:
-    draws = [sampled_metrics(one, resamples, fprs, calibration=False) for one in control.draws]
-    samples = {metric: mean_of([one[metric] for one in draws]) for metric in draws[0]}
-    several = len(draws) > 1 or name in ("random_direction", "shuffled_labels")
-    areas = [one["auroc"].value for one in draws]
-    known = tuple(area for area in areas if area is not None) if several else ()
+    several = name in DRAWN
+    if several:
+        areas = [sampled_auroc(one.labels, one.scores, resamples) for one in control.draws]
+        hits = [sampled_mean(one.predicted == one.labels, resamples) for one in control.draws]
+        samples = {"auroc": mean_of(areas), "accuracy": mean_of(hits)}
+    else:
+        samples = sampled_metrics(control.draws[0], resamples, fprs, calibration=False)
+        areas = []
+    known = tuple(area.value for area in areas if area.value is not None)
     return ControlReport(
         metrics=measures_of(samples, resamples),
         differences=differences_of(probe, samples, resamples),

@@ -57,8 +57,9 @@ class SavedRecord(Record):
 class ControlReport(Record):
     """A control on the judged examples. differences: the probe's metric less the control's, on the same resamples.
 
-    draws: AUROC of each of several random controls, of which `metrics` has the mean. above_chance: of shuffled labels, mean
-    AUROC less 0.5 with a 99 % t interval over the draws. scores: as in `ExampleRecord`, where there is a single draw.
+    draws: AUROC of each draw of a random control, whose `metrics` are mean AUROC and accuracy over the draws.
+    above_chance: of shuffled labels, mean AUROC less 0.5 with a 99 % t interval over the draws. scores: as in
+    `ExampleRecord`, where there is a single draw.
     """
 
     metrics: Mapping[str, Measure]

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 
+from lmprobe_tl.labelled_prompts import LabelledPrompts
 from lmprobe_tl.labels import are_token_labels, check_labels
 from lmprobe_tl.probe import Probe
-from lmprobe_tl.tokens import Prompt
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledPrompts:
-    """Prompts with their labels, and one group a prompt where there are any."""
-
-    prompts: list[Prompt]
-    labels: Any
-    groups: NDArray[Any] | None = None
 
 
 class Recipe:

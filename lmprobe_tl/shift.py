@@ -8,8 +8,8 @@ from typing import Any
 from lmprobe_tl.bootstrap import Resamples, check_bootstrap
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.judged_probe import judged_probe
+from lmprobe_tl.labelled_prompts import check_known, labelled_prompts
 from lmprobe_tl.measures import FPRS, check_fprs, differences_of, measures_of, sampled_metrics
-from lmprobe_tl.probe_evaluation import labelled_prompts
 from lmprobe_tl.probe_report import ShiftPart, ShiftReport
 from lmprobe_tl.tokens import Truncation
 
@@ -31,7 +31,8 @@ def evaluate_shift(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> ShiftReport:
-    """Metrics on each set of prompts, and how far they drop against the probe's own held-out part.
+    """Metrics on each set of prompts, and how far they drop against the probe's own held-out part. A set of a single class
+    has an accuracy alone.
 
     held_out: (prompts, labels) from where the training prompts come, none of them a training prompt. shifted: (prompts,
     labels) by name. Each set has resamples of its own, so a drop is a difference of independent data. The rest as in
@@ -55,6 +56,9 @@ def evaluate_shift(
         batch_size=batch_size,
         progress=progress,
     )
+    check_known(own.labels, subject.classes, "held_out")
+    for name, one in sets.items():
+        check_known(one.labels, subject.classes, f"shifted[{name!r}]", needs="one class")
     parts = [subject.judged(one.prompts, one.labels) for one in (own, *sets.values())]
     samples, resamples = [], []
     for at, part in enumerate(parts):

@@ -543,6 +543,9 @@ def test_shift_shows_where_a_probe_breaks_and_where_not(llama: Tiny) -> None:
     assert shift.shifted["chance"].drops["auroc"].is_above_zero
     assert not shift.shifted["alike"].drops["auroc"].is_above_zero
     assert shift.held_out.metrics == evaluate_probe(probe, *own, controls=None, n_bootstrap=200).metrics
+    single = evaluate_shift(probe, own, {"ones": (own[0][1::2], [1] * 30)}, n_bootstrap=20).shifted["ones"]
+    assert single.metrics["accuracy"].value > 0.8 and single.metrics["auroc"].note == "no prompt of class 0"
+    assert "auroc" not in single.drops
     assert "turned" in shift.table() and str(shift) == shift.table()
     weighed = evaluate_shift(probe.weights_, own, sets, model=llama.bridge, n_bootstrap=200)
     for name, part in shift.shifted.items():
@@ -599,4 +602,5 @@ def test_what_cannot_be_used_is_named(llama: Tiny) -> None:
     assert "20 prompts but 2 sequences of token labels" in shown(evaluate, probe, test[0], [[0], [1]])
     assert "shifted is no dictionary" in shown(evaluate_shift, probe, test, {})
     assert "shifted['b'] is no pair" in shown(evaluate_shift, probe, test, {"b": test[0]})
+    assert "shifted['b']: 7 is no label of the probe" in shown(evaluate_shift, probe, test, {"b": (test[0], [7] * 20)})
     assert "held_out is no pair" in shown(evaluate_shift, probe, test[0], {"b": test})

@@ -77,14 +77,16 @@ def evaluate(
         taught = (*taught, read_columns(train, group)[0])
     shifted = {name: labelled(path) for name, path in files.items()}
     from lmprobe_tl.controls import check_controls
-    from lmprobe_tl.probe_evaluation import check_known, evaluate_probe, labelled_prompts
+    from lmprobe_tl.labelled_prompts import check_known, labelled_prompts
+    from lmprobe_tl.probe_evaluation import evaluate_probe
     from lmprobe_tl.shift import evaluate_shift
 
     names = "default" if controls == "default" else [] if controls == "none" else parse_names(controls)
     check_controls(names, has_groups=group is not None)
-    for what, one in ((str(prompts), given), (str(train), taught), *((str(files[name]), shifted[name]) for name in files)):
-        if one is not None:
-            check_known(labelled_prompts(one[0], one[1]).labels, weights.labels, what, every=one is taught)
+    needs: list[tuple[Path, Any, Any]] = [(prompts, given, "two classes")]
+    needs += [(train, taught, "all classes")] if train is not None else []
+    for path, one, need in [*needs, *((files[name], shifted[name], "one class") for name in files)]:
+        check_known(labelled_prompts(one[0], one[1]).labels, weights.labels, str(path), needs=need)
     settings: dict[str, Any] = {
         "model": load_or_demo(model),
         "n_bootstrap": resamples,
