@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from lmprobe_tl.live.run import LiveRun
     from lmprobe_tl.monitor import Monitor
     from lmprobe_tl.probe import Probe
+    from lmprobe_tl.probe_evaluation import evaluate_probe
     from lmprobe_tl.probe_file import load_probe
+    from lmprobe_tl.probe_report import ProbeReport, ShiftReport
     from lmprobe_tl.reductions import ReductionParameter, register_reduction
     from lmprobe_tl.scoring import score_prompts, sequence_maxima
+    from lmprobe_tl.shift import evaluate_shift
     from lmprobe_tl.steering import ablate, steer
     from lmprobe_tl.store.merging import merge_stores
     from lmprobe_tl.store.writing import extract_to_store
@@ -49,14 +52,18 @@ _HOMES = {
     "LiveRun": "live.run",
     "Monitor": "monitor",
     "Probe": "probe",
+    "ProbeReport": "probe_report",
     "ProbeWeights": "weights",
     "ReductionParameter": "reductions",
+    "ShiftReport": "probe_report",
     "SweepResult": "sweep_result",
     "TokenEvent": "live.records",
     "ablate": "steering",
     "attach_probes": "attach",
     "calibrate_probe": "live.calibration",
     "evaluate_live": "live.evaluation",
+    "evaluate_probe": "probe_evaluation",
+    "evaluate_shift": "shift",
     "extract_activations": "extraction",
     "extract_to_store": "store.writing",
     "load_probe": "probe_file",
@@ -81,14 +88,18 @@ __all__ = [
     "LiveRun",
     "Monitor",
     "Probe",
+    "ProbeReport",
     "ProbeWeights",
     "ReductionParameter",
+    "ShiftReport",
     "SweepResult",
     "TokenEvent",
     "ablate",
     "attach_probes",
     "calibrate_probe",
     "evaluate_live",
+    "evaluate_probe",
+    "evaluate_shift",
     "extract_activations",
     "extract_to_store",
     "load_probe",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from lmprobe_tl.metrics import Interval, accuracy, auroc, bootstrap_interval, tpr_at_fpr
+from lmprobe_tl.bootstrap import Interval, Resamples
+from lmprobe_tl.measures import Sampled, sampled_mean, sampled_ranks, tpr_name
+from lmprobe_tl.metrics import auroc
 from lmprobe_tl.probe_spec import MetricRecord
 
 
@@ -59,17 +60,18 @@ def evaluate_scores(
 ) -> Evaluation:
     """Metrics of scores [n] (binary, of the positive class) or [n n_classes] and predicted labels [n], in prompts `groups`
     [n]."""
-    interval = partial(
-        bootstrap_interval, groups=groups, n_bootstrap=n_bootstrap, confidence=confidence, random_state=random_state
-    )
+    auroc(labels, scores)  # raises what cannot be measured
+    resamples = Resamples.drawn(labels, groups, n_bootstrap=n_bootstrap, confidence=confidence, random_state=random_state)
+    ranks = sampled_ranks(np.unique(labels, return_inverse=True)[1], scores, resamples, [fpr])
 
-    def rate_of_hits(truth: np.ndarray, values: np.ndarray, sample_weight: np.ndarray | None = None) -> float:
-        return tpr_at_fpr(truth, values, fpr, sample_weight=sample_weight)
+    def interval(one: Sampled) -> Interval:
+        assert one.value is not None and one.values is not None
+        return resamples.interval(one.value, one.values)
 
     return Evaluation(
-        auroc=interval(auroc, labels, scores),
-        accuracy=interval(accuracy, labels, predicted),
-        tpr_at_fpr=interval(rate_of_hits, labels, scores) if scores.ndim == 1 else None,
+        auroc=interval(ranks["auroc"]),
+        accuracy=interval(sampled_mean(predicted == labels, resamples)),
+        tpr_at_fpr=interval(ranks[tpr_name(fpr)]) if scores.ndim == 1 else None,
         fpr=fpr,
         level=level,
         pooling=pooling,

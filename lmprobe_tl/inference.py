@@ -1,4 +1,4 @@
-"""A fitted classifier on a model's activations: logits and probabilities of prompts or of each token."""
+"""Fitted classifiers on a model's activations: logits and probabilities of prompts or of each token."""
 
 from __future__ import annotations
 
@@ -53,86 +53,105 @@ class TokenOutputs:
 
 
 def token_outputs(
-    model: Any, rows: list[list[int]], hook_names: Sequence[str], classifier: Any, *, include_bos: bool, **settings: Any
-) -> TokenOutputs:
-    """Outputs of every token that counts."""
+    model: Any,
+    rows: list[list[int]],
+    hook_names: Sequence[str],
+    classifiers: Sequence[Any],
+    *,
+    include_bos: bool,
+    **settings: Any,
+) -> list[TokenOutputs]:
+    """Outputs of every token that counts, of each of several classifiers on the same features."""
     lengths = counted_lengths(rows, bos_id(model), include_bos)
     check_rows_count(lengths)
-    logits: list[Any] = [None] * len(rows)
-    probabilities: list[Any] = [None] * len(rows)
+    logits: list[list[Any]] = [[None] * len(rows) for _ in classifiers]
+    probabilities: list[list[Any]] = [[None] * len(rows) for _ in classifiers]
     for batch, features in _token_features(model, rows, hook_names, include_bos, settings):
         ends = np.cumsum([lengths[index] for index in batch.indices])[:-1]
-        pieces = zip(
-            batch.indices,
-            np.split(logits_of(classifier, features), ends),
-            np.split(probabilities_of(classifier, features), ends),
-            strict=True,
-        )
-        for index, piece_logits, piece_probabilities in pieces:
-            logits[index], probabilities[index] = piece_logits, piece_probabilities
-    return TokenOutputs(np.concatenate(logits), np.concatenate(probabilities), lengths)
+        for at, classifier in enumerate(classifiers):
+            pieces = zip(
+                batch.indices,
+                np.split(logits_of(classifier, features), ends),
+                np.split(probabilities_of(classifier, features), ends),
+                strict=True,
+            )
+            for index, piece_logits, piece_probabilities in pieces:
+                logits[at][index], probabilities[at][index] = piece_logits, piece_probabilities
+    return [
+        TokenOutputs(np.concatenate(one), np.concatenate(both), lengths)
+        for one, both in zip(logits, probabilities, strict=True)
+    ]
 
 
 def prompt_outputs(
     model: Any,
     rows: list[list[int]],
     hook_names: Sequence[str],
-    classifier: Any,
+    classifiers: Sequence[Any],
     pooling: str | PoolingStrategy,
     *,
     include_bos: bool,
     **settings: Any,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Logits ([n] or [n n_classes]) and probabilities [n n_classes] of each prompt under an inference pooling."""
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Logits ([n] or [n n_classes]) and probabilities [n n_classes] of each prompt under an inference pooling, of each of
+    several classifiers on the same features."""
     if pooling == OWN_POOLING:
-        return _reduced_by_classifier(model, rows, hook_names, classifier, include_bos=include_bos, **settings)
+        return _reduced_by_classifiers(model, rows, hook_names, classifiers, include_bos=include_bos, **settings)
     if not callable(pooling):
         parsed = parse_pooling_strategy(pooling)
         if parsed.is_score_pooling:
-            return _score_pooled(model, rows, hook_names, classifier, pooling, include_bos=include_bos, **settings)
+            return _score_pooled(model, rows, hook_names, classifiers, pooling, include_bos=include_bos, **settings)
         pooling = f"activation:{parsed.base_strategy}"
     features = extract_rows(model, rows, hook_names, pooling, include_bos=include_bos, **settings).concatenated()
     values = features.numpy().astype(np.float64)
-    return logits_of(classifier, values), probabilities_of(classifier, values)
+    return [(logits_of(one, values), probabilities_of(one, values)) for one in classifiers]
 
 
-def _reduced_by_classifier(
-    model: Any, rows: list[list[int]], hook_names: Sequence[str], classifier: Any, *, include_bos: bool, **settings: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of a sequence classifier, which gets all tokens of a prompt."""
+def _reduced_by_classifiers(
+    model: Any,
+    rows: list[list[int]],
+    hook_names: Sequence[str],
+    classifiers: Sequence[Any],
+    *,
+    include_bos: bool,
+    **settings: Any,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of sequence classifiers, which get all tokens of a prompt."""
     lengths = counted_lengths(rows, bos_id(model), include_bos)
     check_rows_count(lengths)
-    logits = np.empty(len(rows))
+    found = [np.empty(len(rows)) for _ in classifiers]
     for batch, features in _token_features(model, rows, hook_names, include_bos, settings):
         offsets = np.concatenate([[0], np.cumsum([lengths[index] for index in batch.indices])])
-        logits[batch.indices] = classifier.decision_function(TokenSequences(features, offsets))
-    return logits, np.stack([expit(-logits), expit(logits)], axis=1)
+        sequences = TokenSequences(features, offsets)
+        for classifier, logits in zip(classifiers, found, strict=True):
+            logits[batch.indices] = classifier.decision_function(sequences)
+    return [(logits, np.stack([expit(-logits), expit(logits)], axis=1)) for logits in found]
 
 
 def _score_pooled(
     model: Any,
     rows: list[list[int]],
     hook_names: Sequence[str],
-    classifier: Any,
+    classifiers: Sequence[Any],
     pooling: str,
     *,
     include_bos: bool,
     **settings: Any,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> list[tuple[np.ndarray, np.ndarray]]:
     name = parse_pooling_strategy(pooling).base_strategy
-    if REDUCTIONS[name].on == "logit" and len(classifier.classes_) > 2:
-        raise InputError(
-            f"inference pooling {pooling!r} works on the logit of two classes; this probe has {len(classifier.classes_)}."
-        )
+    n_classes = len(classifiers[0].classes_)
+    if REDUCTIONS[name].on == "logit" and n_classes > 2:
+        raise InputError(f"inference pooling {pooling!r} works on the logit of two classes; this probe has {n_classes}.")
     sees_bos = include_bos or name in _SEES_BOS
     check_rows_count(counted_lengths(rows, bos_id(model), sees_bos))
-    logits: list[Any] = [None] * len(rows)
-    probabilities: list[Any] = [None] * len(rows)
+    found: list[tuple[list[Any], list[Any]]] = [([None] * len(rows), [None] * len(rows)) for _ in classifiers]
     for batch, features in _token_features(model, rows, hook_names, sees_bos, settings):
         mask = batch.mask(sees_bos, torch.device("cpu"))
-        for index, one, both in zip(batch.indices, *_reduced(classifier, features, mask, pooling, name), strict=True):
-            logits[index], probabilities[index] = one, both
-    return np.array(logits), np.array(probabilities)
+        for classifier, (logits, probabilities) in zip(classifiers, found, strict=True):
+            reduced = _reduced(classifier, features, mask, pooling, name)
+            for index, one, both in zip(batch.indices, *reduced, strict=True):
+                logits[index], probabilities[index] = one, both
+    return [(np.array(logits), np.array(probabilities)) for logits, probabilities in found]
 
 
 def _reduced(classifier: Any, features: np.ndarray, mask: Tensor, pooling: str, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""How well scores separate labels, and how sure that is: AUROC, TPR at a bounded FPR, accuracy, bootstrap intervals.
+"""How well scores separate labels: AUROC, AUPRC, TPR at a bounded FPR, accuracy, Brier score, calibration error.
 
 Scores are high for the positive class. With two classes the positive one is the greater label (1 of 0 and 1, True, the last
 in alphabetical order), as in scikit-learn.
@@ -6,21 +6,20 @@ in alphabetical order), as in scikit-learn.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lmprobe_tl.bootstrap import Interval as Interval
+from lmprobe_tl.bootstrap import bootstrap_interval as bootstrap_interval
+from lmprobe_tl.bootstrap import check_bootstrap as check_bootstrap
 from lmprobe_tl.errors import InputError
 
 Array: TypeAlias = NDArray[np.float64]
-Metric: TypeAlias = Callable[..., float]  # (labels, scores) -> float, or (labels, scores, sample_weight=...) -> float
 
-
-_FEWEST_GROUPS = 5
+N_BINS = 10  # of a calibration error
 
 
 def auroc(labels: ArrayLike, scores: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
@@ -41,8 +40,9 @@ def auroc(labels: ArrayLike, scores: ArrayLike, sample_weight: ArrayLike | None 
             f"Expected one score an example for two classes, and one column per class for more."
         )
     if scores.ndim == 1:
-        return _area(labels == classes[1], scores, weight)
-    return float(np.mean([_area(labels == label, column, weight) for label, column in zip(classes, scores.T, strict=True)]))
+        return float(_curve(labels == classes[1], scores, weight).auroc())
+    areas = [_curve(labels == label, column, weight).auroc() for label, column in zip(classes, scores.T, strict=True)]
+    return float(np.mean(areas))
 
 
 def tpr_at_fpr(labels: ArrayLike, scores: ArrayLike, fpr: float, sample_weight: ArrayLike | None = None) -> float:
@@ -54,17 +54,7 @@ def tpr_at_fpr(labels: ArrayLike, scores: ArrayLike, fpr: float, sample_weight: 
     """
     if not 0.0 <= fpr <= 1.0:
         raise InputError(f"fpr must be between 0 and 1, got {fpr}.")
-    labels, scores, weight = _weighed(labels, scores, sample_weight)
-    classes = np.unique(labels)
-    if len(classes) != 2 or scores.ndim != 1:
-        raise InputError(
-            f"tpr_at_fpr needs two classes and one score an example, got the classes {classes.tolist()} and scores of shape "
-            f"{scores.shape}."
-        )
-    false_positives, true_positives = _flagged(labels == classes[1], scores, weight)
-    rounding = 1.0 + 1e-12  # 0.29 * 100 is just below 29
-    allowed = false_positives <= fpr * false_positives[-1] * rounding
-    return float(true_positives[allowed][-1] / true_positives[-1])
+    return float(_two_class_curve("tpr_at_fpr", labels, scores, sample_weight).tpr_at_fpr(fpr))
 
 
 def accuracy(labels: ArrayLike, predictions: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
@@ -75,82 +65,140 @@ def accuracy(labels: ArrayLike, predictions: ArrayLike, sample_weight: ArrayLike
     return float(np.average(labels == predictions, weights=_weights(sample_weight, len(labels))))
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A metric on all data, and its confidence interval; low and high are None where the data are too few to tell.
+def average_precision(labels: ArrayLike, scores: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+    """Area under the precision-recall curve as a step function (AUPRC): the sum over thresholds of the recall that each adds
+    times its precision, as scikit-learn's `average_precision_score`.
 
-    n: how many groups were resampled. n_skipped: how many resamples were left out, because they missed a class.
+    labels, scores: [n_examples], two classes. Raises InputError as `tpr_at_fpr`.
+    """
+    return float(_two_class_curve("average_precision", labels, scores, sample_weight).average_precision())
+
+
+def brier_score(labels: ArrayLike, probabilities: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+    """Mean squared distance of the positive class's probability [n_examples] from the truth, 0 or 1 (Brier 1950)."""
+    is_positive, probabilities, weight = _two_classes("brier_score", labels, probabilities, sample_weight)
+    return float(np.average((probabilities - is_positive) ** 2, weights=weight))
+
+
+def calibration_error(
+    labels: ArrayLike, probabilities: ArrayLike, sample_weight: ArrayLike | None = None, *, n_bins: int = N_BINS
+) -> float:
+    """Expected calibration error: the mean over bins of equal mass of |share of positives - mean probability|.
+
+    labels, probabilities: [n_examples], the latter of the positive class. Equal probabilities are never parted. It is above
+    0 even for a perfectly calibrated probe, by what a bin's share of positives differs from its chance.
+    """
+    is_positive, probabilities, weight = _two_classes("calibration_error", labels, probabilities, sample_weight)
+    bins = CalibrationBins(is_positive, probabilities, n_bins)
+    return float(bins.error(weight[bins.order]))
+
+
+class Ranking:
+    """Examples of two classes, sorted by score once, to be counted under many weightings.
+
+    order: [n_examples], from the highest score to the lowest; weights come in this order.
     """
 
-    value: float
-    low: float | None
-    high: float | None
-    confidence: float
-    n: int
-    n_skipped: int = 0
+    def __init__(self, is_positive: NDArray[np.bool_], scores: Array) -> None:
+        self.order: NDArray[np.int64] = np.argsort(-scores, kind="stable")
+        self._is_positive = is_positive[self.order].astype(np.float64)
+        ranked = scores[self.order]
+        ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
+        self._last_of_tie = None if len(ends) == len(ranked) else ends
+
+    def curve(self, weight: Array) -> RocCounts:
+        """weight: [... n_examples], in the order of `order`."""
+        positives = weight * self._is_positive
+        counts = []
+        for part in (weight - positives, positives):
+            flagged = np.zeros((*part.shape[:-1], part.shape[-1] + 1))
+            np.cumsum(part, axis=-1, out=flagged[..., 1:])
+            if self._last_of_tie is not None:
+                flagged = flagged[..., np.concatenate([[0], self._last_of_tie + 1])]
+            counts.append(flagged)
+        return RocCounts(*counts)
 
 
-def bootstrap_interval(
-    metric: Metric,
-    labels: ArrayLike,
-    scores: ArrayLike,
-    *,
-    groups: ArrayLike | None = None,
-    n_bootstrap: int = 1000,
-    confidence: float = 0.95,
-    random_state: int | None = 0,
-) -> Interval:
-    """Percentile bootstrap of metric(labels, scores), resampling whole groups (Efron and Tibshirani 1993).
+@dataclass(frozen=True, eq=False)
+class RocCounts:
+    """Weight of the negatives and of the positives flagged, [... n_thresholds], for no threshold and then for each distinct
+    score, falling."""
 
-    labels: [n_examples]; scores: [n_examples] or [n_examples n_classes], for accuracy the predictions. groups: [n_examples],
-    the prompt of each example: the tokens of one prompt are no independent evidence. None makes each example a group.
-    A metric that takes `sample_weight` gets how often an example was drawn; another one gets the examples repeated.
-    A resample that misses a class is skipped; low and high are None if more than half are, or where a class is in fewer than
-    five groups: resampling so few says nothing of others.
+    false_positives: Array
+    true_positives: Array
+
+    def auroc(self) -> Array:
+        """[...]: the area by the trapezoidal rule, which counts ties half."""
+        heights = self.true_positives[..., 1:] + self.true_positives[..., :-1]
+        area = np.einsum("...i,...i->...", np.diff(self.false_positives), heights) / 2
+        return area / (self.true_positives[..., -1] * self.false_positives[..., -1])
+
+    def average_precision(self) -> Array:
+        """[...]: see `average_precision`."""
+        hits, flagged = self.true_positives[..., 1:], (self.true_positives + self.false_positives)[..., 1:]
+        precision = np.divide(hits, flagged, out=np.zeros_like(hits), where=flagged > 0)
+        gained = np.einsum("...i,...i->...", np.diff(self.true_positives), precision)
+        return gained / self.true_positives[..., -1]
+
+    def tpr_at_fpr(self, fpr: float) -> Array:
+        """[...]: see `tpr_at_fpr`."""
+        rounding = 1.0 + 1e-12  # 0.29 * 100 is just below 29
+        allowed = self.false_positives <= fpr * self.false_positives[..., -1:] * rounding
+        last = allowed.sum(axis=-1, keepdims=True) - 1
+        return np.take_along_axis(self.true_positives, last, axis=-1)[..., 0] / self.true_positives[..., -1]
+
+
+class CalibrationBins:
+    """Examples of two classes, sorted by probability once, whose calibration error is measured under many weightings.
+
+    order: [n_examples], from the lowest probability to the highest; weights come in this order.
     """
-    check_bootstrap(n_bootstrap, confidence)
-    labels, scores = np.asarray(labels), np.asarray(scores)
-    group_ids = np.arange(len(labels)) if groups is None else np.asarray(groups)
-    if not labels.shape == group_ids.shape == scores.shape[:1]:
+
+    def __init__(self, is_positive: NDArray[np.bool_], probabilities: Array, n_bins: int = N_BINS) -> None:
+        self.order: NDArray[np.int64] = np.argsort(probabilities, kind="stable")
+        ranked = probabilities[self.order]
+        self._gap = is_positive[self.order] - ranked
+        self._first_of_tie = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1]))
+        self._n_bins = n_bins
+
+    def error(self, weight: Array) -> Array:
+        """[...] for weight [... n_examples], in the order of `order`."""
+        return np.abs(self.gaps(weight)).sum(axis=-1)
+
+    def gaps(self, weight: Array) -> Array:
+        """What each bin adds to share of positives - mean probability, [... n_bins]."""
+        mass, gap = weight, weight * self._gap
+        if len(self._first_of_tie) < weight.shape[-1]:
+            mass, gap = (np.add.reduceat(part, self._first_of_tie, axis=-1) for part in (mass, gap))
+        below = np.cumsum(mass, axis=-1)
+        total = below[..., -1:]
+        # multiplied first: a quotient that is a whole number comes out as one
+        bins = np.minimum((below - mass / 2) * self._n_bins / total, self._n_bins - 1).astype(np.int64)
+        rows = np.arange(bins[..., 0].size).reshape(*bins.shape[:-1], 1)
+        sums = np.bincount((bins + rows * self._n_bins).ravel(), weights=gap.ravel(), minlength=rows.size * self._n_bins)
+        return sums.reshape(*bins.shape[:-1], self._n_bins) / total
+
+
+def _two_classes(
+    name: str, labels: ArrayLike, scores: ArrayLike, sample_weight: ArrayLike | None
+) -> tuple[NDArray[np.bool_], Array, Array]:
+    labels, scores, weight = _weighed(labels, scores, sample_weight)
+    classes = np.unique(labels)
+    if len(classes) != 2 or scores.ndim != 1:
         raise InputError(
-            f"Expected one label, score and group an example, got shapes {labels.shape}, {scores.shape}, {group_ids.shape}."
+            f"{name} needs two classes and one score an example, got the classes {classes.tolist()} and scores of shape "
+            f"{scores.shape}."
         )
-    if scores.ndim == 1:  # sorting a resample is quick if all examples are sorted once
-        order = np.argsort(scores, kind="stable")[::-1]
-        labels, scores, group_ids = labels[order], scores[order], group_ids[order]
-    value = float(metric(labels, scores))
-
-    group_index = np.unique(group_ids, return_inverse=True)[1]
-    n_groups = int(group_index.max()) + 1
-    class_index = np.unique(labels, return_inverse=True)[1]
-    holds_class = np.zeros((n_groups, class_index.max() + 1), dtype=bool)
-    holds_class[group_index, class_index] = True
-
-    rng = np.random.default_rng(random_state)
-    values = []
-    for _ in range(n_bootstrap):
-        drawn = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)
-        if holds_class[drawn > 0].any(axis=0).all():
-            values.append(_resampled(metric, labels, scores, drawn[group_index]))
-    n_skipped = n_bootstrap - len(values)
-    if holds_class.sum(axis=0).min() < _FEWEST_GROUPS or n_skipped > n_bootstrap / 2:
-        return Interval(value, None, None, confidence, n_groups, n_skipped)
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(value, float(low), float(high), confidence, n_groups, n_skipped)
+    return labels == classes[1], scores, weight
 
 
-def check_bootstrap(n_bootstrap: int, confidence: float) -> None:
-    """InputError for a number of resamples or a confidence that `bootstrap_interval` cannot use."""
-    if n_bootstrap < 1 or not 0.0 < confidence < 1.0:
-        raise InputError(f"Expected n_bootstrap >= 1 and 0 < confidence < 1, got {n_bootstrap} and {confidence}.")
+def _two_class_curve(name: str, labels: ArrayLike, scores: ArrayLike, sample_weight: ArrayLike | None) -> RocCounts:
+    return _curve(*_two_classes(name, labels, scores, sample_weight))
 
 
-def _resampled(metric: Metric, labels: NDArray[Any], scores: NDArray[Any], times: NDArray[np.int64]) -> float:
-    """The metric with example i taken times[i] times."""
-    if "sample_weight" in inspect.signature(metric).parameters:
-        return float(metric(labels, scores, sample_weight=times))
-    rows = np.repeat(np.arange(len(labels)), times)
-    return float(metric(labels[rows], scores[rows]))
+def _curve(is_positive: NDArray[np.bool_], scores: Array, weight: Array) -> RocCounts:
+    ranking = Ranking(is_positive, scores)
+    return ranking.curve(weight[ranking.order])
 
 
 def _weighed(labels: ArrayLike, scores: ArrayLike, sample_weight: ArrayLike | None) -> tuple[NDArray[Any], Array, Array]:
@@ -175,20 +223,3 @@ def _weights(sample_weight: ArrayLike | None, n_examples: int) -> Array:
             f"sample_weight must hold {n_examples} finite weights, none negative and not all 0, got shape {weight.shape}."
         )
     return weight
-
-
-def _flagged(is_positive: NDArray[np.bool_], scores: Array, weight: Array) -> tuple[Array, Array]:
-    """Weight of the negatives and of the positives flagged, for no threshold and then for each distinct score, falling."""
-    order = np.argsort(-scores, kind="stable")
-    scores, weight, is_positive = scores[order], weight[order], is_positive[order]
-    last_of_tie = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-    counts = (np.cumsum(weight * flags)[last_of_tie] for flags in (~is_positive, is_positive))
-    false_positives, true_positives = (np.concatenate([[0.0], count]) for count in counts)
-    return false_positives, true_positives
-
-
-def _area(is_positive: NDArray[np.bool_], scores: Array, weight: Array) -> float:
-    """Area under the ROC curve by the trapezoidal rule, which counts ties half."""
-    false_positives, true_positives = _flagged(is_positive, scores, weight)
-    area = np.diff(false_positives) @ (true_positives[1:] + true_positives[:-1]) / 2
-    return float(area / (true_positives[-1] * false_positives[-1]))

@@ -25,7 +25,7 @@ from lmprobe_tl.estimators.streaming import can_stream, fit_blocks, fit_features
 from lmprobe_tl.estimators.token_sequences import TokenSequences
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
 from lmprobe_tl.extraction import extract_rows
-from lmprobe_tl.features import are_constant, constant_error, evenly_spread
+from lmprobe_tl.features import TrainingExamples, are_constant, constant_error, evenly_spread
 from lmprobe_tl.hook_points import (
     HookPoints,
     load_model,
@@ -37,8 +37,10 @@ from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, che
 from lmprobe_tl.live.calibration import CalibrationGoal, check_unseen, measure_calibration, score_settings
 from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy
 from lmprobe_tl.probe_poolings import probe_poolings
+from lmprobe_tl.probe_report import ProbeReport
 from lmprobe_tl.probe_spec import TrainingRecord
 from lmprobe_tl.provenance import classifier_name, data_hash
+from lmprobe_tl.scored import Scored
 from lmprobe_tl.store_examples import StoreExamples, check_store_is_of
 from lmprobe_tl.tokens import (
     Prompt,
@@ -171,6 +173,10 @@ class Probe(ClassifierMixin, BaseEstimator):
 
         Raises InputError for prompts or labels that cannot be used, before the model runs.
         """
+        return self.fit_examples(self.training_examples(prompts, labels))
+
+    def training_examples(self, prompts: Sequence[Prompt], labels: Any) -> TrainingExamples:
+        """What `fit` learns from: features and labels of each prompt, or with train_pooling 'all' of each token."""
         train, _ = self.poolings()
         prompts = check_prompts(prompts)
         per_token = are_token_labels(labels)
@@ -192,8 +198,8 @@ class Probe(ClassifierMixin, BaseEstimator):
         if reads_sequences:
             check_rows_count(lengths)
             tokens = self._extract(model, rows, names, "all")
-            sequences = TokenSequences(tokens.concatenated(), tokens.offsets)
-            return self._learn_sequences(model, names, classifier, sequences, labels, digests)
+            features, offsets = tokens.concatenated().numpy(), tokens.offsets.numpy()
+            return TrainingExamples(model, names, features, labels, None, None, digests, offsets)
         if train == "all":
             check_rows_count(lengths)
             groups = np.repeat(np.arange(len(rows)), lengths)
@@ -209,9 +215,19 @@ class Probe(ClassifierMixin, BaseEstimator):
         if groups is not None and self.equal_prompt_weight:
             weight = 1 / np.asarray(lengths, dtype=np.float64)[groups]
             weight *= len(weight) / weight.sum()  # as strong together as unweighted tokens: C keeps its meaning
-        fitted = fit_features(self.classifier, classifier, features, y, groups=groups, sample_weight=weight)
+        return TrainingExamples(model, names, features, y, groups, weight, digests)
+
+    def fit_examples(self, examples: TrainingExamples) -> Probe:
+        """Fit on what `training_examples` of a probe with the same parameters gave."""
+        names, digests = examples.hook_names, examples.digests
+        classifier = with_n_blocks(make_classifier(self.classifier, self.random_state), len(names))
+        features, y, groups = examples.features, examples.labels, examples.groups
+        if examples.offsets is not None:
+            sequences = TokenSequences(features, examples.offsets)
+            return self._learn_sequences(examples.model, names, classifier, sequences, y, digests)
+        fitted = fit_features(self.classifier, classifier, features, y, groups=groups, sample_weight=examples.weight)
         sample = features[evenly_spread(len(features))]
-        return self._learn(model, names, fitted, y, groups, digests, sample)
+        return self._learn(examples.model, names, fitted, y, groups, digests, sample)
 
     def fit_store(self, store: ActivationStore | str | Path, labels: Any) -> Probe:
         """Fit on the activations of a store, which may be bigger than memory. labels: as in `fit`.
@@ -360,6 +376,12 @@ class Probe(ClassifierMixin, BaseEstimator):
         """(logits, probabilities) of each prompt, or of each token with inference pooling 'all'; None takes the probe's
         own."""
         check_is_fitted(self, "classifier_")
+        return self._outputs_of([self.classifier_], prompts, inference)[0]
+
+    def _outputs_of(
+        self, classifiers: Sequence[Any], prompts: Sequence[Prompt], inference: str | PoolingStrategy | None
+    ) -> Sequence[TokenOutputs | tuple[np.ndarray, np.ndarray]]:
+        """What `_outputs` gives with each of several classifiers in the place of the probe's own."""
         rows = self._tokenize(self.model_, check_prompts(prompts))
         inference = inference or self.poolings()[1]
         settings: dict[str, Any] = {
@@ -370,8 +392,8 @@ class Probe(ClassifierMixin, BaseEstimator):
             "progress": self.progress,
         }
         if inference == "all":
-            return token_outputs(self.model_, rows, self.hook_names_, self.classifier_, **settings)
-        return prompt_outputs(self.model_, rows, self.hook_names_, self.classifier_, inference, **settings)
+            return token_outputs(self.model_, rows, self.hook_names_, classifiers, **settings)
+        return prompt_outputs(self.model_, rows, self.hook_names_, classifiers, inference, **settings)
 
     def predict_proba(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """[n_prompts n_classes]; with inference pooling 'all' [n_prompts pos] of the positive class ([n_prompts pos
@@ -395,9 +417,9 @@ class Probe(ClassifierMixin, BaseEstimator):
 
     def score(self, prompts: Sequence[Prompt], labels: Any, sample_weight: Any = None) -> float:
         """Accuracy on prompts, or on tokens with inference pooling 'all'. sample_weight: one weight a prompt."""
-        truth, _, predicted, groups = self._judged(prompts, labels)
-        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)[groups]
-        return float(np.average(predicted == truth, weights=weight))
+        judged = self.judged(prompts, labels)
+        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)[judged.prompts]
+        return float(np.average(judged.predicted == judged.labels, weights=weight))
 
     def evaluate(
         self,
@@ -413,45 +435,43 @@ class Probe(ClassifierMixin, BaseEstimator):
 
         labels: one a prompt; or one sequence a prompt, which judges each token's own score whatever the inference pooling.
         """
-        truth, scores, predicted, groups = self._judged(prompts, labels)
-        _, inference = self.poolings()
-        level = "token" if are_token_labels(labels) or inference == "all" else "prompt"
+        judged = self.judged(prompts, labels)
         return evaluate_scores(
-            truth,
-            scores,
-            predicted,
-            groups,
-            level=level,
-            pooling="all" if level == "token" else pooling_name(inference),
+            self.classes_[judged.labels],
+            judged.scores,
+            self.classes_[judged.predicted],
+            judged.prompts,
+            level=judged.level,
+            pooling="all" if judged.level == "token" else pooling_name(self.poolings()[1]),
             fpr=fpr,
             n_bootstrap=n_bootstrap,
             confidence=confidence,
             random_state=random_state,
         )
 
-    def _judged(self, prompts: Sequence[Prompt], labels: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Truth, scores (logits of two classes, else probabilities), predicted classes and prompt index of each prompt or,
-        with token labels or inference pooling 'all', of each token."""
+    def judged(self, prompts: Sequence[Prompt], labels: Any) -> Scored:
+        """Labels and scores of each prompt or, with token labels or inference pooling 'all', of each token."""
+        check_is_fitted(self, "classifier_")
+        return self.judged_with([self.classifier_], prompts, labels)[0]
+
+    def judged_with(self, classifiers: Sequence[Any], prompts: Sequence[Prompt], labels: Any) -> list[Scored]:
+        """What `judged` gives with each of several fitted classifiers of the same classes in the place of the probe's own;
+        the model runs once."""
         check_is_fitted(self, "classifier_")
         prompts = check_prompts(prompts)
         token_labels = are_token_labels(labels)
         if not token_labels:
             labels = check_labels(labels, len(prompts))
-        outputs = self._outputs(prompts, "all" if token_labels else None)
-        if isinstance(outputs, TokenOutputs):
-            groups = np.repeat(np.arange(len(prompts)), outputs.lengths)
-            truth = np.concatenate(check_token_labels(labels, outputs.lengths)) if token_labels else labels[groups]
-            logits, probabilities = outputs.logits, outputs.probabilities
-        else:
-            groups, truth, (logits, probabilities) = np.arange(len(prompts)), labels, outputs
-        unknown = set(np.unique(truth).tolist()) - set(self.classes_.tolist())
-        if unknown:
-            raise InputError(
-                f"labels holds {sorted(unknown, key=str)[0]!r}, but the probe knows only {self.classes_.tolist()}."
-            )
-        # Two classes are ranked by logits: probabilities near 1 are all the same number.
-        scores = logits if len(self.classes_) == 2 else probabilities
-        return truth, scores, self.classes_[probabilities.argmax(axis=1)], groups
+        classes, found = self.classes_.tolist(), []
+        for outputs in self._outputs_of(classifiers, prompts, "all" if token_labels else None):
+            if isinstance(outputs, TokenOutputs):
+                owners = np.repeat(np.arange(len(prompts)), outputs.lengths)
+                truth = np.concatenate(check_token_labels(labels, outputs.lengths)) if token_labels else labels[owners]
+                one = Scored.of(truth, outputs.logits, outputs.probabilities, owners, classes, "token")
+            else:
+                one = Scored.of(labels, *outputs, np.arange(len(prompts)), classes, "prompt")
+            found.append(one)
+        return found
 
     # --- thresholds ---
 
@@ -519,10 +539,13 @@ class Probe(ClassifierMixin, BaseEstimator):
         """The artefact without what `calibrate` learnt."""
         return artefact_of(self)
 
-    def save(self, path: str | Path, *, evaluation: Evaluation | None = None) -> Path:
+    def save(self, path: str | Path, *, evaluation: Evaluation | ProbeReport | None = None) -> Path:
         """Write the probe file, with the metrics of an evaluation if one is given; equal to `weights_.save(path)`."""
-        if evaluation is not None and not isinstance(evaluation, Evaluation):
-            raise InputError(f"evaluation is a {type(evaluation).__name__}; expected what `evaluate` returned, or None.")
+        if evaluation is not None and not isinstance(evaluation, (Evaluation, ProbeReport)):
+            raise InputError(
+                f"evaluation is a {type(evaluation).__name__}; expected what `evaluate` or `evaluate_probe` returned, "
+                "or None."
+            )
         weights = self.to_weights()
         if evaluation is not None:
             weights = weights.with_metrics({**weights.spec.metrics, **evaluation.records()})

@@ -98,7 +98,7 @@ def no_model_may_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> Any:
         raise AssertionError("the model was loaded")
 
-    for module in ("options", "fit", "generate", "score", "sweep"):
+    for module in ("options", "fit", "generate", "score", "sweep", "eval"):
         monkeypatch.setattr(f"lmprobe_tl.cli.{module}.load_or_demo", never)
 
 

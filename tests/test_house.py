@@ -20,12 +20,14 @@ FLOORS = {
     2: {"checked_record", "probe_spec", "weight_tensors", "weights", "probe_file", "probe_summary", "labels", "metrics"}
     | {"calibration", "early_exit"}
     | {"given_probes", "provenance", "store", "store.record", "activation_store", "splits", "token_bag"}
+    | {"bootstrap", "scored", "measures"}
     | {"estimators", "estimators.blocks", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"}
     | {"estimators.streaming", "estimators.linear_classifier", "estimators.logit_scale", "estimators.pairs"}
     | {"estimators.pca", "estimators.ccs", "estimators.layer_stack", "estimators.contrast"}
     | {"estimators.sample_weight", "estimators.fitted_head", "estimators.token_sequences"}
     | {"estimators.ragged", "estimators.token_scaling", "estimators.training", "estimators.torch_classifier"}
-    | {"estimators.sequence_classifier", "estimators.sequence_classifiers", "estimators.vector_classifiers"},
+    | {"estimators.sequence_classifier", "estimators.sequence_classifiers", "estimators.vector_classifiers"}
+    | {"estimators.baselines"},
     3: {
         "forward_watch",
         "generate_call",
@@ -36,7 +38,7 @@ FLOORS = {
         "extraction",
         "compatibility",
     }
-    | {"activation_source"}
+    | {"activation_source", "token_text", "labelled_prompts"}
     | {"vllm", "vllm._compat", "vllm._compat.blocks", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes"}
     | {"vllm.results", "vllm.running", "vllm.offline_engine"}
     | {"vllm.runtime", "vllm.slots", "vllm.steps", "vllm.structure", "vllm.wire", "vllm.worker", "vllm.activations"}
@@ -66,14 +68,15 @@ FLOORS = {
         "scoring",
         "steering",
     }
+    | {"judged_probe", "recipe", "controls", "verdict", "probe_report", "report_table", "probe_evaluation", "shift"}
     | {"live.calibration", "live.maxima", "live.sequences", "live.evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
-    6: {"colours", "report", "token_text"}
+    6: {"colours", "report"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}
     | {"terminal.token_style"},
     7: {"cli", "cli.app", "cli.options", "cli.data_files"}
     | {"cli.calibrate", "cli.demo", "cli.extract", "cli.fit", "cli.generate", "cli.inspect", "cli.score", "cli.serve"}
-    | {"cli.sweep"},
+    | {"cli.sweep", "cli.eval"},
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 SKINS = {module for floor in (6, 7) for module in FLOORS[floor]}
@@ -95,9 +98,13 @@ ONLY_IN = {
         "estimators.sequence_classifier",
         "estimators.sequence_classifiers",
         "estimators.vector_classifiers",
+        "estimators.baselines",
         "metrics",
         "probe",
         "artefact",
+        "judged_probe",
+        "recipe",
+        "controls",
         "splits",
         "token_bag",
         "cli.fit",

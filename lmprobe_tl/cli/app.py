@@ -12,6 +12,7 @@ import typer
 
 from lmprobe_tl.cli.calibrate import calibrate
 from lmprobe_tl.cli.demo import demo
+from lmprobe_tl.cli.eval import evaluate
 from lmprobe_tl.cli.extract import extract, merge
 from lmprobe_tl.cli.fit import fit
 from lmprobe_tl.cli.generate import generate
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command(short_help="Run the whole job on the embedded model, without network.")(demo)
 for command in (fit, calibrate, score, generate, extract, merge, sweep, inspect):
     app.command()(command)
+app.command("eval")(evaluate)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 
 

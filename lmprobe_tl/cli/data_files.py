@@ -20,10 +20,19 @@ _HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # JSON can spell them
 
 def read_labelled(path: Path, text_column: str, label_column: str) -> tuple[list[str], list[Any]]:
     """Texts and labels of a .jsonl or .csv file, a record each."""
-    records = _read_records(path)
-    prompts = [_field(record, text_column, path, number) for number, record in records]
-    labels = [_field(record, label_column, path, number) for number, record in records]
+    prompts, labels = read_columns(path, text_column, label_column)
     return prompts, labels
+
+
+def read_columns(path: Path, *columns: str) -> list[list[Any]]:
+    """The values of each column of a .jsonl or .csv file."""
+    records = _read_records(path)
+    return [[_field(record, column, path, number) for number, record in records] for column in columns]
+
+
+def has_column(path: Path, column: str) -> bool:
+    """Whether the first record of a .jsonl or .csv file has such a column."""
+    return column in _read_records(path)[0][1]
 
 
 def read_prompts(source: str, text_column: str) -> list[str]:
