@@ -18,14 +18,13 @@ def probe_poolings(
 ) -> tuple[Strategy, Strategy]:
     """(training, inference) pooling of a probe with this classifier.
 
-    Nothing given: 'last_token', or what a sequence classifier does itself, 'sequence' or a reduction such as
+    pooling None: 'last_token', or what a sequence classifier does itself, 'sequence' or a reduction such as
     'score:softmax(5)'; where that is a reduction, another one may be given for inference.
     InputError for a pooling that cannot be used, as in `resolve_pooling`, or that the classifier leaves no room for.
     """
     own = own_pooling(classifier)
     if own is None:
-        nothing = pooling is None and train_pooling is None and inference_pooling is None
-        return resolve_pooling("last_token" if nothing else pooling, train_pooling, inference_pooling)
+        return resolve_pooling("last_token" if pooling is None else pooling, train_pooling, inference_pooling)
     name = classifier_name(classifier)
     given = {"pooling": pooling, "train_pooling": train_pooling}
     if own == OWN_POOLING:

@@ -297,7 +297,7 @@ def test_a_mismatch_of_poolings_warns_once_and_early(llama: Tiny) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"pooling": "meen"}, {"pooling": "max"}, {"pooling": None}, {"train_pooling": "score:mean"}, {"pooling": lambda x: x}],
+    [{"pooling": "meen"}, {"pooling": "max"}, {"train_pooling": "score:mean"}, {"pooling": lambda x: x}],
 )
 def test_an_invalid_pooling_is_an_error_in_the_constructor(llama: Tiny, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="(?i)pooling"):

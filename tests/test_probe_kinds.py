@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import Tiny
 from sklearn.base import clone
+from sklearn.metrics import roc_auc_score
 
-from lmprobe_tl import Probe, extract_activations, extract_to_store, load_probe, monitored_generate
+from lmprobe_tl import Probe, evaluate_probe, extract_activations, extract_to_store, load_probe, monitored_generate
 from lmprobe_tl.errors import CalibrationWarning, InputError, NonlinearClassifierError, PoolingMismatchWarning
 from lmprobe_tl.estimators import SEQUENCE_CLASSIFIERS, SequenceClassifier, make_classifier
 from lmprobe_tl.estimators.sequence_classifiers import AttentionClassifier, WindowedClassifier
@@ -157,7 +158,6 @@ def test_parameters_are_kept_and_cloned(llama: Tiny) -> None:
             {"classifier": "softmax", "inference_pooling": "mean"},
             r"None \('score:softmax\(5\)'\) or another reduction",
         ),
-        ({"classifier": "logistic_regression", "train_pooling": "mean"}, "inference_pooling"),
         ({"classifier": "mlp", "pooling": "sequence"}, "Unknown pooling"),
     ],
 )
@@ -179,3 +179,21 @@ def test_a_nonlinear_classifier_names_the_kinds_that_can_be_saved(llama: Tiny) -
     probe = Probe(llama.bridge, 2, classifier=MLPClassifier((4,), max_iter=5)).fit(PROMPTS, LABELS)
     with pytest.raises(NonlinearClassifierError, match="'mlp'"):
         probe.weights_  # noqa: B018
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize("name", ["attention", "windowed", "mlp"])
+def test_a_probe_of_any_kind_is_evaluated_with_its_controls(llama: Tiny, name: str, from_file: bool, tmp_path: Path) -> None:
+    probe = quick_probe(llama, name).fit(PROMPTS, LABELS)
+    options: dict[str, Any] = {"train": (PROMPTS, LABELS), "n_bootstrap": 50, "n_draws": 2}
+    judged, truth = make_prompts(40, seed=7), []
+    truth = [int("cats" in prompt or "music" in prompt) for prompt in judged]
+    if from_file:
+        # by name: a file holds no parameters of the classifier
+        probe.set_params(classifier=name)
+        report = evaluate_probe(probe.save(tmp_path / "probe.safetensors"), judged, truth, model=llama.bridge, **options)
+    else:
+        report = evaluate_probe(probe, judged, truth, **options)
+    assert set(report.controls) == {"bag_of_words", "layer_0", "length", "random_direction", "shuffled_labels"}
+    expected = roc_auc_score(truth, probe.decision_function(judged))
+    assert report.metrics["auroc"].value == pytest.approx(expected, abs=1e-3)
