@@ -36,7 +36,7 @@ class TorchClassifier(ClassifierMixin, BaseEstimator):
     what fits with more features than examples need: on noise of 96 features with planted signals, 240 sequences to learn
     from, 3.0 gave the attention kinds 0.01 to 0.03 AUROC more than 0.01 did, and cost the others nothing.
     max_epochs, patience: the fit ends after `patience` epochs without a lower validation loss, and keeps the best epoch.
-    batch_tokens: about so many tokens a step, in whole sequences; None for about 32 steps an epoch, of at most 16,384 tokens.
+    batch_tokens: about so many tokens a step, in whole sequences; None for 32 steps an epoch, or more of at most 16,384 tokens.
     validation_fraction: share of each class held out for early stopping, in whole groups; 0 holds out nothing, and the
     last epoch stays.
     standardize: learn on features with mean 0 and deviation 1 over the training tokens; what is learnt is of unscaled ones.
