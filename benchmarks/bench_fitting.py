@@ -59,13 +59,19 @@ class LogisticRow:
 
 
 def planted(n: int, n_tokens: int, d: int, seed: int) -> tuple[TokenSequences, NDArray[np.int64]]:
-    """White noise with an origin and unequal units; in each positive, ten tokens in a row are shifted by 1.5 deviations."""
+    """White noise with an origin and unequal units; in each positive, ten tokens in a row are shifted by 3 deviations.
+
+    The direction is one of all features, as in a residual stream. AdamW, which moves all weights alike, learns one feature
+    among many slower.
+    """
     rng = np.random.default_rng(seed)
+    direction = np.random.default_rng(99).standard_normal(d, dtype=np.float32)
+    direction *= 3 / np.linalg.norm(direction)
     values = rng.standard_normal((n * n_tokens, d), dtype=np.float32)
     labels = np.arange(n) % 2
     for index in np.flatnonzero(labels):
         at = index * n_tokens + rng.integers(n_tokens - 9)
-        values[at : at + 10, 0] += 1.5
+        values[at : at + 10] += direction
     values *= np.linspace(0.5, 3, d, dtype=np.float32)
     values += 1
     return TokenSequences(values, np.arange(n + 1) * n_tokens), labels

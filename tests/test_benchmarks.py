@@ -10,7 +10,7 @@ import torch
 from embedded import embedded_model, embedded_tokenizer
 from transformers import AutoModelForCausalLM
 
-from benchmarks import bench_extract, bench_live
+from benchmarks import bench_extract, bench_fitting, bench_live
 from benchmarks.forwards import Workload
 from benchmarks.texts import NumberedTexts, ragged_texts
 from lmprobe_tl import extract_activations
@@ -103,3 +103,15 @@ def test_the_texts_are_ragged_and_differ() -> None:
     assert texts != ragged_texts(embedded_tokenizer(), 400, seed=1)
     numbered = list(NumberedTexts(texts[:2], 5))
     assert len(set(numbered)) == 5 and numbered[3].endswith(texts[1])
+
+
+def test_the_fitting_benchmark_measures_both_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "fitting.json"
+    small = ["--sequences", "40", "--tokens", "12", "--d", "4", "--examples", "60", "--features", "5", "--rounds", "2"]
+    bench_fitting.main([*small, "--classifiers", "attention", "windowed", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert [row["classifier"] for row in result["fits"]] == ["attention", "windowed"]
+    assert all(row["epochs"] >= row["best_epoch"] and row["auroc"] > 0.7 for row in result["fits"])
+    (logistic,) = result["logistic"]
+    assert 0 < logistic["low"] <= logistic["ratio"] <= logistic["high"]
+    assert "ours" in capsys.readouterr().out

@@ -42,7 +42,7 @@ class TokenSequences:
             raise InputError(f"values must be floats [n_tokens d], got {values.dtype} of shape {tuple(values.shape)}.")
         if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(values):
             raise InputError(
-                f"offsets must be [n_sequences+1], one sequence or more, from 0 to the number of tokens ({len(values)}); got "
+                f"offsets must be [n_sequences+1], one or more, from 0 to the number of tokens ({len(values)}); got "
                 f"shape {offsets.shape}"
                 + (f" from {offsets[0]} to {offsets[-1]}." if offsets.ndim == 1 and len(offsets) else ".")
             )

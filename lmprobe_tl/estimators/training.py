@@ -129,7 +129,7 @@ def split(labels: NDArray[Any], groups: NDArray[Any] | None, share: float, seed:
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
             raise InputError(
-                f"Class {label.item()!r} has one example (n_samples = {len(labels)}), so that none can be held out for early "
+                f"Class {label.item()!r} has one example (n_samples = {len(labels)}), so none can be held out for early "
                 "stopping. Give more examples, or validation_fraction=0."
             )
         chosen.append(rng.permutation(members)[: max(1, round(share * len(members)))])
