@@ -29,6 +29,10 @@ class Recipe:
         if classifier is not None:
             probe.set_params(classifier=classifier)
         if shuffle_seed is not None:
+            # What learns nothing stays near where it began, so each draw begins elsewhere.
+            probe.set_params(random_state=shuffle_seed)
+            if hasattr(probe.classifier, "random_state"):
+                probe.set_params(classifier=clone(probe.classifier).set_params(random_state=shuffle_seed))
             examples = replace(examples, labels=self._shuffled(shuffle_seed))
         return probe.fit_examples(examples)
 
