@@ -31,7 +31,7 @@ FLOORS = {
         "extraction",
         "compatibility",
     }
-    | {"activation_source"}
+    | {"activation_source", "special_tokens"}
     | {"vllm", "vllm._compat", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes", "vllm.results", "vllm.running"}
     | {"vllm.runtime", "vllm.slots", "vllm.steps", "vllm.structure", "vllm.wire", "vllm.worker", "vllm.activations"}
     | {"vllm.engine", "vllm.connection", "vllm.inbox", "vllm.online_engine", "vllm.publisher"}
