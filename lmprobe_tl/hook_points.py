@@ -233,6 +233,20 @@ def _add_hook(hook_point: Any, callback: Callable[[Tensor], None]) -> HookHandle
     return HookHandle(hook_point, entry)
 
 
+def hooked_by_others(model: Any) -> list[str]:
+    """Names of the hook points with hooks on them, beside those by which TransformerLens makes one point repeat another."""
+    return [
+        name
+        for name, point in model.hook_dict.items()
+        if any(not _is_built_in(one) for one in getattr(point, "fwd_hooks", ()))
+    ]
+
+
+def _is_built_in(entry: Any) -> bool:
+    # BERT's MLP is no module of its own there: hooks on its two halves call `mlp.hook_in` and `mlp.hook_out`.
+    return str(getattr(getattr(entry, "user_hook", None), "__module__", "")).startswith("transformer_lens.")
+
+
 @contextmanager
 def hooks_on(model: Any, callbacks: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
     """Hooks that live as long as the block, also when it ends in an exception."""

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import WORDS
 
-from lmprobe_tl import Probe, extract_activations, load_probe, score_prompts
-from lmprobe_tl.errors import EmptyMaskError
+from lmprobe_tl import Probe, extract_activations, extract_to_store, load_probe, score_prompts
+from lmprobe_tl.errors import EmptyMaskError, InputError
 from lmprobe_tl.special_tokens import bos_id, end_of_sequence_ids, frame_ids
 from lmprobe_tl.tokens import tokenize_prompts
 
@@ -126,6 +126,25 @@ def test_a_probe_on_an_encoder_is_saved_and_scores_the_same(bert: Any, tmp_path:
     assert (logits[:4] > 0).all() and (logits[4:8] < 0).all()
     scored = score_prompts(bert, texts, load_probe(probe.save(tmp_path / "probe.safetensors")))
     np.testing.assert_allclose(scored["probe"].scores, probe.predict_proba(texts)[:, 1], atol=1e-5)
+
+
+def test_an_encoder_is_stored_though_transformerlens_has_hooks_of_its_own_on_it(bert: Any, tmp_path: Path) -> None:
+    assert any(point.fwd_hooks for point in bert.hook_dict.values())  # what this is about
+    store = extract_to_store(bert, TEXTS, tmp_path / "store", "all", "mean")
+    expected = extract_activations(bert, TEXTS, "all", "mean").concatenated()
+    torch.testing.assert_close(store.values(), expected, atol=1e-5, rtol=1e-4)
+    probe = Probe(bert, [0, 2], "mean", random_state=0).fit_store(store, [1, 0, 0, 1, 0])
+    by_prompts = Probe(bert, [0, 2], "mean", random_state=0).fit(TEXTS, [1, 0, 0, 1, 0])
+    np.testing.assert_allclose(probe.decision_function(TEXTS), by_prompts.decision_function(TEXTS), atol=1e-3)
+
+
+def test_a_hook_of_the_user_on_an_encoder_is_refused(bert: Any, tmp_path: Path) -> None:
+    bert.hook_dict["blocks.0.mlp.in.hook_in"].add_hook(lambda values, hook: values + 1)
+    try:
+        with pytest.raises(InputError, match=r"hooks of others on 'blocks\.0\.(hook_mlp_in|mlp\.in\.hook_in)'"):
+            extract_to_store(bert, TEXTS, tmp_path / "store", 1, "mean")
+    finally:
+        bert.reset_hooks()
 
 
 def test_a_model_that_reads_from_left_to_right_has_no_frame(bert: Any) -> None:
