@@ -1,4 +1,4 @@
-"""Real labelled texts: the sets of the package sae-probes that a fixed rule takes, each parted into training and test prompts.
+"""Real labelled texts: the sets of the package sae-probes that a fixed rule takes, each parted in training and test prompts.
 
 The package is downloaded, never installed; its sets have licences of their own, and none of them is kept here.
 """

@@ -1,7 +1,7 @@
 """MiniLM served by TransformerLens, and the activations of labelled texts, kept in stores that a second run finds again.
 
 MiniLM is a BERT: it reads both ways, and each block ends in a LayerNorm whose output is both what the next block reads and
-what it adds to. That output is `hook_resid_post` (Hugging Face's `hidden_states[layer + 1]`); there is no unnormalised stream.
+what it adds to. That output is `hook_resid_post` (Hugging Face's `hidden_states[layer + 1]`); no stream is unnormalised.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Task:
         return self._store(self.train, "train"), self._store(self.test, "test")
 
     def features(self, layers: int | str) -> tuple[np.ndarray, np.ndarray]:
-        """Of the training and of the test prompts, [n d_model] float64, as the model gave them; several layers side by side."""
+        """Of the training and of the test prompts, [n d_model] float64, as the model gave them; layers side by side."""
         train, test = (
             store.values(None if layers == "all" else layers, POOLING).numpy().astype(np.float64) for store in self.stores
         )

@@ -1,4 +1,4 @@
-"""Ways to score test prompts after learning from training prompts, by name: the library's probes, and what they must beat."""
+"""Ways to score test prompts after learning from training prompts, by name: the library's probes, and their rivals."""
 
 from __future__ import annotations
 
