@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ MOST_FROM_HUGGING_FACE = 1e-4  # of activations, whose values are about 1
 MOST_FROM_SAVED = 1e-3  # of logits
 MOST_FROM_CHANCE = 0.05  # mean AUROC of the control over sets
 
+_COLUMNS = 9  # of recipes in a table
 _SHORT = {
     BASELINE: "bag",
     BY_HAND: "hand",
@@ -28,23 +29,38 @@ _SHORT = {
 
 
 def table(result: Result) -> str:
-    """At most 120 columns. The last column is the paired difference of the probe and the bag of words; * where its interval
-    leaves out 0."""
+    """At most 120 columns; recipes for which there is no room are in a second table, and so on.
+
+    The last column is the paired difference of the probe and the bag of words; * where its interval leaves out 0.
+    """
     names = [name for name in result["recipes"] if name != MAIN]
-    short = {name: _SHORT.get(name, name)[:5] for name in names}
-    head = f"{'set':22} {'train':>5} {'test':>5} {'layer':>5} {'probe':17} "
-    head += " ".join(f"{short[name]:>5}" for name in names)
-    lines = [f"{head} {'probe - bag':>20}", ""]
+    first, *others = [names[start : start + _COLUMNS] for start in range(0, len(names), _COLUMNS)]
+    lines = [f"{'set':21} test at {'probe':17} {_head(first)} {'probe - bag':>18}", ""]
     for name, found in result["sets"].items():
-        auroc = {recipe: row["auroc"] for recipe, row in found["recipes"].items()}
-        cells = " ".join(f"{_plain(auroc[one]['value']):>5}" if one in auroc else "    -" for one in names)
-        start = f"{name[:22]:22} {found['n_train']:5} {found['n_test']:5} {found['layer']:5}"
-        gain = found["recipes"][MAIN]["gain"]
-        lines.append(f"{start} {_with_interval(auroc[MAIN]):17} {cells} {_signed(gain)}{'*' if verdict_of(gain) else ' '}")
-    means = {one: float(np.mean(values_of(result, one))) for one in result["recipes"] if values_of(result, one)}
-    cells = " ".join(f"{_plain(means[one]):>5}" if one in means else "    -" for one in names)
-    lines += ["", f"{'mean':22} {'':5} {'':5} {'':5} {_plain(means[MAIN]):17} {cells}"]
+        main = found["recipes"][MAIN]
+        mark = "*" if verdict_of(main["gain"]) else " "
+        start = f"{name[:21]:21} {found['n_test']:4} {found['layer']:2} {_with_interval(main['auroc'])}"
+        lines.append(f"{start:47} {_cells(found, first)} {_signed(main['gain'])}{mark}")
+    lines += ["", f"{'mean':29} {_plain(float(np.mean(values_of(result, MAIN)))):17} {_means(result, first)}"]
+    for more in others:
+        lines += ["", f"{'set':21} {_head(more)}", ""]
+        lines += [f"{name[:21]:21} {_cells(found, more)}" for name, found in result["sets"].items()]
+        lines += ["", f"{'mean':21} {_means(result, more)}"]
     return "\n".join(lines)
+
+
+def _head(names: Sequence[str]) -> str:
+    return " ".join(f"{_SHORT.get(name, name)[:5]:>5}" for name in names)
+
+
+def _cells(found: Mapping[str, Any], names: Sequence[str]) -> str:
+    rows = [found["recipes"].get(name) for name in names]
+    return " ".join(f"{_plain(row['auroc']['value']) if row else '-':>5}" for row in rows)
+
+
+def _means(result: Result, names: Sequence[str]) -> str:
+    values = [values_of(result, name) for name in names]
+    return " ".join(f"{_plain(float(np.mean(some))) if some else '-':>5}" for some in values)
 
 
 def _plain(value: float) -> str:
@@ -71,7 +87,7 @@ def values_of(result: Result, recipe: str) -> list[float]:
 
 def wins(result: Result) -> Iterator[str]:
     """For each recipe: in how many sets it is really above the bag of words, really below, and neither."""
-    for recipe in result["recipes"]:
+    for recipe in (name for name in result["recipes"] if name != CONTROL):
         gains = [found["recipes"][recipe].get("gain") for found in result["sets"].values() if recipe in found["recipes"]]
         judged = [verdict_of(gain) for gain in gains if gain is not None]
         if judged:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
 
 from lmprobe_tl import Probe, extract_activations, extract_to_store, load_probe, score_prompts
 from lmprobe_tl.errors import EmptyMaskError, InputError
@@ -18,22 +17,6 @@ from lmprobe_tl.tokens import tokenize_prompts
 
 TEXTS = ["cats and dogs", "the model reads every word of a short line", "rain", "one more about music and light", "sun sun"]
 UNK, CLS, SEP = 1, 2, 3
-
-
-@pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT with random weights and a tokenizer of whole words."""
-    from transformers import BertConfig, BertForMaskedLM, BertTokenizer
-
-    folder = tmp_path_factory.mktemp("bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*WORDS.split(), *"abcdefgh"])]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-    config = BertConfig(vocab_size=len(words), max_position_embeddings=24, initializer_range=0.3, **shape)
-    BertForMaskedLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
