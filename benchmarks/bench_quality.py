@@ -31,6 +31,7 @@ from benchmarks.quality_report import report, verdicts
 from benchmarks.wheels import sha256, wheel
 from lmprobe_tl import Probe
 from lmprobe_tl.metrics import auroc, bootstrap_interval
+from lmprobe_tl.tokens import tokenize_prompts
 
 FOLDER = Path("build") / "bench-quality"
 N_BOOTSTRAP = 1000
@@ -99,7 +100,8 @@ def against_lmprobe(sets: Sequence[tuple[LabelledTexts, LabelledTexts]], folder:
         result["on_the_embedded_model"] = {}
         layer = (model.cfg.n_layers - 1) // 2
         name = str(save_for_hugging_face("demo", Path(temporary) / "model").resolve())
-        for train, test in sets:
+        for pair in sets:
+            train, test = (fitting(texts, model) for texts in pair)
             start = time.perf_counter()
             ours = Probe(model, layer, POOLING, random_state=seed, progress=False).fit(train.texts, train.labels)
             scores, middle = ours.decision_function(test.texts), time.perf_counter()
@@ -112,6 +114,12 @@ def against_lmprobe(sets: Sequence[tuple[LabelledTexts, LabelledTexts]], folder:
                 "seconds": [middle - start, time.perf_counter() - middle],
             }
     return result
+
+
+def fitting(texts: LabelledTexts, model: Any) -> LabelledTexts:
+    """Those that fit in the model's context: each library cuts others in its own way."""
+    rows = tokenize_prompts(model, texts.texts, max_length=model.cfg.n_ctx, truncation="right")
+    return texts.part([index for index, row in enumerate(rows) if len(row) < model.cfg.n_ctx])
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -130,7 +130,8 @@ def verdicts(result: Result) -> list[dict[str, Any]]:
 def lmprobe_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
     if found is None:
         return
-    yield f"lmprobe {found['version']} on MiniLM: {found['on_minilm'].get('error', 'runs')}"
+    error = found["on_minilm"]["error"] or "runs"
+    yield f"lmprobe {found['version']} on MiniLM: {error.partition('. ')[0]}"
     for name, row in found["on_the_embedded_model"].items():
         yield (
             f"{name:15} on the embedded model: probe {_with_interval(row['ours'])}, "
