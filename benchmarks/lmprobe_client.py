@@ -33,6 +33,18 @@ def install(folder: Path = FOLDER) -> Path:
     return folder
 
 
+def probe_scores(cache: Path, **request: Any) -> dict[str, Any]:
+    """What `lmprobe_scores` answers to a request; `cache`: a folder for lmprobe's cache."""
+    environment = os.environ | {"PYTHONPATH": str(install().resolve()), "LMPROBE_CACHE_DIR": str(cache)}
+    worker = Path(__file__).with_name("lmprobe_scores.py")
+    done = subprocess.run(
+        [sys.executable, str(worker)], input=json.dumps(request), capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"lmprobe stopped with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
 class LmprobeProcess:
     """lmprobe on one model and layer; `cache`: a folder for its cache."""
 

@@ -1,8 +1,8 @@
 """Hook points by name: which a model has, hooks of our own on them, and forward passes that stop at the last wanted one.
 
-Beside `forward_watch` and `generate_call` the only file that knows how TransformerLens models are built: a TransformerBridge
-of version 3.9 or 4, or a HookedTransformer of 3.9, told apart by what they have. It imports TransformerLens just to load a
-model by name.
+Beside `forward_watch`, `generate_call` and `special_tokens` the only file that knows how TransformerLens models are built: a
+TransformerBridge of version 3.9 or 4, or a HookedTransformer of 3.9, told apart by what they have. It imports
+TransformerLens just to load a model by name.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lmprobe_tl.forward_watch import cache_of as cache_of
 from lmprobe_tl.forward_watch import logits_of as logits_of
 from lmprobe_tl.forward_watch import search_in_progress as search_in_progress
 from lmprobe_tl.probe_spec import ModelRecord, Normalization
+from lmprobe_tl.special_tokens import end_of_sequence_ids as end_of_sequence_ids
 
 HookPoints = int | str | Sequence[int | str]
 
@@ -108,15 +109,6 @@ def normalization(model: Any) -> Normalization:
 def device_of(model: Any) -> torch.device:
     """Where tokens go in: the device of the model's first parameter."""
     return next(model.parameters()).device
-
-
-def end_of_sequence_ids(model: Any) -> tuple[int, ...]:
-    """Token ids that end a generated row: the config's, else the tokenizer's."""
-    for owner in (model.cfg, getattr(model, "tokenizer", None)):
-        found = getattr(owner, "eos_token_id", None)
-        if found is not None:
-            return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
-    return ()
 
 
 def model_record(model: Any) -> ModelRecord:
@@ -267,6 +259,20 @@ def _add_hook(hook_point: Any, callback: Callable[[Tensor], None]) -> HookHandle
 
     entry = hook_point.add_hook(read_only) or hook_point.fwd_hooks[-1]
     return HookHandle(hook_point, entry)
+
+
+def hooked_by_others(model: Any) -> list[str]:
+    """Names of the hook points with hooks on them, beside those by which TransformerLens makes one point repeat another."""
+    return [
+        name
+        for name, point in model.hook_dict.items()
+        if any(not _is_built_in(one) for one in getattr(point, "fwd_hooks", ()))
+    ]
+
+
+def _is_built_in(entry: Any) -> bool:
+    # BERT's MLP is no module of its own there: hooks on its two halves call `mlp.hook_in` and `mlp.hook_out`.
+    return str(getattr(getattr(entry, "user_hook", None), "__module__", "")).startswith("transformer_lens.")
 
 
 @contextmanager

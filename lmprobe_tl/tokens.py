@@ -17,6 +17,9 @@ from lmprobe_tl.errors import EmptyMaskError, InputError, PromptTooLongError
 from lmprobe_tl.hook_points import context_length, device_of, vocabulary_size
 from lmprobe_tl.probe_spec import TokenizerRecord
 from lmprobe_tl.provenance import text_fingerprint, vocabulary_fingerprint
+from lmprobe_tl.special_tokens import bos_id as bos_id
+from lmprobe_tl.special_tokens import frame_ids
+from lmprobe_tl.special_tokens import use_bos as use_bos
 
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = "str | Chat | Tensor | np.ndarray"
@@ -103,9 +106,9 @@ def tokenize_prompts(
 
     prepend_bos: None takes the model's own habit (`model.cfg.default_prepend_bos`). A chat goes through the tokenizer's
     template, which brings its own BOS; text or tokens that begin with BOS get no second one; token arrays are taken as they
-    are.
+    are. For an encoder BOS is [CLS], and text that gets one also ends in [SEP].
     max_length: at most the model's context, and that by default. A longer prompt is a PromptTooLongError naming the rows, or
-    loses tokens on the side that `truncation` names ('left' keeps a leading BOS).
+    loses tokens on the side that `truncation` names ('left' keeps a leading BOS, both an encoder's last [SEP]).
     """
     if truncation not in (None, "left", "right"):
         raise InputError(f"truncation is {truncation!r}; expected None (an error for long prompts), 'left' or 'right'.")
@@ -123,21 +126,8 @@ def tokenize_prompts(
             f"longer than the {limit} tokens allowed: {lengths}{more}. Shorten them, or pass truncation='left' or 'right'.",
             [first + index for index in too_long],
         )
-    return [_truncate(row, limit, truncation, bos_id(model)) for row in rows]
-
-
-def use_bos(model: Any, prepend_bos: bool | None) -> bool:
-    """Whether text gets a leading BOS: as asked, else as the model's config says."""
-    if prepend_bos is None:
-        return bool(getattr(model.cfg, "default_prepend_bos", False)) and bos_id(model) is not None
-    if prepend_bos and bos_id(model) is None:
-        raise InputError("prepend_bos=True, but this model's tokenizer has no BOS token; pass prepend_bos=False or None.")
-    return bool(prepend_bos)
-
-
-def bos_id(model: Any) -> int | None:
-    """Token id of BOS, None for a model without a tokenizer or a tokenizer without BOS."""
-    return getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    frame = frame_ids(model)
+    return [_truncate(row, limit, truncation, bos_id(model), frame and frame[1]) for row in rows]
 
 
 def pad_id(model: Any) -> int:
@@ -189,15 +179,18 @@ def _token_ids(
     if tokenizer is None:
         raise InputError("this model has no tokenizer, so text cannot be its prompt; pass 1-D tensors of token ids.")
     encoded = _encoded(tokenizer, list(texts.values()))
-    bos = tokenizer.bos_token_id
+    bos, frame = bos_id(model), frame_ids(model)
     for (index, text), ids in zip(texts.items(), encoded, strict=True):
         if text.strip() and not ids:
             raise InputError(
                 f"prompts[{first + index}] ({text[:40]!r}) turns into no token at all: the model's "
                 f"{type(tokenizer).__name__} is empty or damaged. Load the model with its own tokenizer files."
             )
-        needs_bos = prepend and isinstance(prompts[index], str) and ids[:1] != [bos]  # a chat's template brings its own
-        rows[index] = [bos, *ids] if needs_bos else list(ids)
+        if prepend and isinstance(prompts[index], str):  # a chat's template brings its own
+            ids = ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+            if frame and len(ids) > 1 and ids[-1] != frame[1]:
+                ids = [*ids, frame[1]]
+        rows[index] = list(ids)
     return rows
 
 
@@ -217,9 +210,12 @@ def _chat_text(model: Any, chat: Any, add_generation_prompt: bool) -> str:
     return tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
-def _truncate(row: list[int], limit: int, side: str, bos: int | None) -> list[int]:
+def _truncate(row: list[int], limit: int, side: str, bos: int | None, end: int | None) -> list[int]:
+    """end: what stays the last token where it is one."""
     if len(row) <= limit:
         return row
+    if end is not None and row[-1] == end and limit > 1:
+        return [*_truncate(row[:-1], limit - 1, side, bos, None), end]
     if side == "right":
         return row[:limit]
     if bos is not None and row[0] == bos and limit > 1:

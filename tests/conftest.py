@@ -156,6 +156,22 @@ def llama(all_tiny: dict[str, Tiny]) -> Tiny:
     return all_tiny["llama"]
 
 
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with random weights and a tokenizer of whole words."""
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*WORDS.split(), *"abcdefgh"])]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=24, initializer_range=0.3, **shape)
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def no_hook_survives(request: pytest.FixtureRequest) -> Any:
     """Whatever a test did, no hook of ours is left on a shared model."""

@@ -33,7 +33,7 @@ from tiny_terminal import TinyTerminal
 
 from lmprobe_tl import ActivationStore, Probe, calibrate_probe, cli, demo, extract_activations, load_probe, sweep
 from lmprobe_tl.demo import main_job
-from lmprobe_tl.estimators import CLASSIFIERS
+from lmprobe_tl.estimators import CLASSIFIERS, SEQUENCE_CLASSIFIERS
 from lmprobe_tl.weights import ProbeWeights
 
 PROSE = ["A good day", "We went out", "The rain fell", "She said so", "Nobody knew", "It was late"] * 2
@@ -591,11 +591,22 @@ def test_sweep_with_a_store_computes_once(run: Run, tmp_path: Path) -> None:
         assert seen, "without the store the model does run"
 
 
-@pytest.mark.parametrize(("command", "without"), [("fit", set()), ("sweep", {"ccs", "pca", "stacking"})])
+@pytest.mark.parametrize(
+    ("command", "without"), [("fit", set()), ("sweep", {"ccs", "pca", "stacking", *SEQUENCE_CLASSIFIERS})]
+)
 def test_the_help_names_every_classifier(run: Run, command: str, without: set[str]) -> None:
     said = " ".join(run(command, "--help").fine.split())
     for name in set(CLASSIFIERS) - without:
         assert re.search(rf"\b{name}\b", said), name
+
+
+def test_a_classifier_of_token_sequences_is_fitted_saved_and_scores(run: Run, tmp_path: Path) -> None:
+    data, probe = jsonl(tmp_path / "d.jsonl", MANY, KINDS * 3), tmp_path / "p.safetensors"
+    assert "p.safetensors: probe 'p'" in run("fit", data, "--out", probe, "--classifier", "multimax").fine
+    assert "multimax (n heads" in run("inspect", probe).fine
+    assert len(run("score", probe, data).records) == len(MANY)
+    refused = run("fit", data, "--out", probe, "--classifier", "multimax", "--pooling", "mean")
+    assert "pooling is 'mean'; expected None, since multimax reduces the tokens of a prompt itself" in refused.error
 
 
 @pytest.mark.parametrize("package", ["matplotlib.pyplot", "pandas"])

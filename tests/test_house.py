@@ -38,7 +38,7 @@ FLOORS = {
         "extraction",
         "compatibility",
     }
-    | {"activation_source", "token_text", "labelled_prompts"}
+    | {"activation_source", "token_text", "labelled_prompts", "special_tokens"}
     | {"vllm", "vllm._compat", "vllm._compat.blocks", "vllm.hooks", "vllm.offline", "vllm.pages", "vllm.probes"}
     | {"vllm.results", "vllm.running", "vllm.offline_engine"}
     | {"vllm.runtime", "vllm.slots", "vllm.steps", "vllm.structure", "vllm.wire", "vllm.worker", "vllm.activations"}

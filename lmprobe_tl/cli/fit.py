@@ -26,7 +26,14 @@ def fit(
     out: Annotated[Path, typer.Option("--out", "-o", help="Probe file to write (.safetensors).")],
     model: ModelOption = None,
     hook_points: HookPointsOption = "-2",
-    pooling: Annotated[str, typer.Option("--pooling", help="last_token, mean, first_token, eos or all.")] = "last_token",
+    pooling: Annotated[
+        str | None,
+        typer.Option(
+            "--pooling",
+            help="last_token, mean, first_token, eos or all. By default last_token, or what the classifier does itself.",
+            show_default=False,
+        ),
+    ] = None,
     inference_pooling: Annotated[
         str | None, typer.Option("--inference-pooling", help="Another pooling for use, as score:max.")
     ] = None,
@@ -34,8 +41,9 @@ def fit(
         str,
         typer.Option(
             "--classifier",
-            help="logistic_regression, ridge, lda, mass_mean, mass_mean_whitened, stacking (over several hook points), or "
-            "(on pairs, the i-th prompt of each label) pca or ccs.",
+            help="logistic_regression, ridge, lda, mass_mean, mass_mean_whitened, mlp, polynomial, stacking (over several "
+            "hook points), (on pairs, the i-th prompt of each label) pca or ccs, or (on all tokens, with no --pooling) "
+            "attention, multimax, rolling_attention, softmax or windowed.",
         ),
     ] = "logistic_regression",
     name: Annotated[str | None, typer.Option("--name", help="Name of the probe; by default that of the file.")] = None,
@@ -56,11 +64,12 @@ def fit(
     train, test = _split(labels, test_share, seed)
     from lmprobe_tl.estimators import make_classifier
     from lmprobe_tl.estimators.pairs import learns_from_pairs
-    from lmprobe_tl.pooling import resolve_pooling
     from lmprobe_tl.probe import Probe
+    from lmprobe_tl.probe_poolings import probe_poolings
 
-    resolve_pooling(pooling, None, inference_pooling)  # these raise before the model is loaded
-    if learns_from_pairs(make_classifier(classifier, seed)) and test:
+    made = make_classifier(classifier, seed)  # these raise before the model is loaded
+    probe_poolings(classifier, pooling, None, inference_pooling)
+    if learns_from_pairs(made) and test:
         raise InputError(
             f"classifier {classifier!r} learns from pairs, which a share held out would part. Pass --test-share 0."
         )

@@ -35,7 +35,8 @@ def sweep(
     classifier: Annotated[
         str,
         typer.Option(
-            "--classifier", help="One or several of logistic_regression, ridge, lda, mass_mean, mass_mean_whitened."
+            "--classifier",
+            help="One or several of logistic_regression, ridge, lda, mass_mean, mass_mean_whitened, mlp, polynomial.",
         ),
     ] = "logistic_regression",
     folds: Annotated[int, typer.Option("--folds", min=2, help="Folds of the validation.")] = 5,

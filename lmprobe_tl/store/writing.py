@@ -18,6 +18,7 @@ from lmprobe_tl.files import TEMPORARY_SUFFIX, write_atomically
 from lmprobe_tl.hook_points import (
     HookPoints,
     end_of_sequence_ids,
+    hooked_by_others,
     layer_count,
     model_record,
     normalization,
@@ -183,7 +184,7 @@ def _checked_shard(shard: tuple[int, int] | None) -> tuple[int, int]:
 
 def _refuse_other_hooks(model: Any) -> None:
     """What a hook does to the activations is in no fingerprint."""
-    hooked = [name for name, point in model.hook_dict.items() if getattr(point, "fwd_hooks", None)]
+    hooked = hooked_by_others(model)
     if hooked:
         raise InputError(
             f"the model has hooks of others on {hooked[0]!r}, which may change activations without the store knowing; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from vllm import SamplingParams
 from lmprobe_tl import ActivationStore, ProbeWeights, calibrate_probe, extract_activations, load_probe, sequence_maxima
 from lmprobe_tl.cli.app import app
 from lmprobe_tl.demo import MODEL_FOLDER, load_demo_model
-from lmprobe_tl.errors import EngineError, IncompatibleProbeError, InputError, PromptTooLongError
+from lmprobe_tl.errors import CalibrationWarning, EngineError, IncompatibleProbeError, InputError, PromptTooLongError
 from lmprobe_tl.vllm import ProbedLLM
 
 SMALL: dict[str, Any] = {
@@ -104,7 +105,9 @@ def test_what_is_calibrated_here_holds_here(alone: None, model: Any, tmp_path: P
     fpr, path = 0.1, tmp_path / "probe.safetensors"
     rows = extract_activations(model, NEGATIVES, 0).tokens
     with ProbedLLM(MODEL_FOLDER, probes=probe_of("score:max"), dtype=dtype, **SMALL) as engine:
-        calibrate_probe(engine, probe_of("score:max"), NEGATIVES, fpr, method="empirical").save(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CalibrationWarning)  # in bfloat16 more than fpr of them lie near the threshold
+            calibrate_probe(engine, probe_of("score:max"), NEGATIVES, fpr, method="empirical").save(path)
         maxima = engine.sequence_maxima(rows, "direction", "logit")
         engine.replace_probes(path)
         assert false_alarms(engine, rows) == int(fpr * len(NEGATIVES)) == 12
