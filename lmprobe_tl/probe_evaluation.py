@@ -267,7 +267,9 @@ def _pieces(tokenizer: Any, row: list[int], logits: NDArray[Any]) -> list[tuple[
 
 def _special(tokenizer: Any, token: int) -> str:
     """How a special token, such as those of a chat template, is written; nothing for any other token."""
-    return "" if tokenizer.decode([token], skip_special_tokens=True) else tokenizer.decode([token], skip_special_tokens=False)
+    return (
+        "" if tokenizer.decode([token], skip_special_tokens=True) else tokenizer.decode([token], skip_special_tokens=False)
+    )
 
 
 def _columns(values: NDArray[Any]) -> tuple[tuple[float, ...], ...]:

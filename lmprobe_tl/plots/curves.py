@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lmprobe_tl.scored import Scored
 
 _N_STEPS = 80  # places at which the band is drawn
 _LEAST = 1e-6
+_N_COLOURS = 3  # of controls; a second round has other line styles
 
 
 def plot_roc(report: ProbeReport, ax: Any = None, *, theme: Theme = "light") -> Any:
@@ -28,27 +30,21 @@ def plot_roc(report: ProbeReport, ax: Any = None, *, theme: Theme = "light") -> 
     single draw; shaded: below one negative. Returns matplotlib's Axes. InputError for other than two classes, and where
     matplotlib is not installed.
     """
-    examples = judged_examples(report, "an ROC curve")
-    ax, look = plot_axes(ax, theme)
+    examples = judged_examples(report, "a ROC curve")
+    controls = _controls(report, examples)
+    ax, look = plot_axes(ax, theme, len(controls) + 6)
     one_negative = 1 / int((examples.labels == 0).sum())
     lowest = max(_LEAST, 10.0 ** math.floor(math.log10(one_negative / 2)))
-    _draw_roc_band(ax, report, examples, np.geomspace(lowest, 1.0, _N_STEPS), look)
-    ax.axvspan(lowest, one_negative, color=look.grid, alpha=0.5, linewidth=0, label="below one false positive")
-    chance = np.geomspace(lowest, 1.0, _N_STEPS)
-    ax.plot(chance, chance, color=look.muted, linestyle=":", linewidth=1, label="chance")
-    for at, (name, scores) in enumerate(_controls(report, examples)):
-        counts = _counts(examples.labels, scores)
-        style: dict[str, Any] = {"color": look.series[2 + at % 3], "linestyle": LINE_STYLES[1 + at % 3], "linewidth": 1}
-        label = f"{name} {band_text(report.controls[name].metrics['auroc'])}"
-        ax.plot(*_roc(counts), drawstyle="steps-post", label=_words(label), **style)
-    label = f"probe {band_text(report.metrics['auroc'])}"
-    roc = _roc(_counts(examples.labels, examples.scores))
-    ax.plot(*roc, drawstyle="steps-post", color=look.series[0], linewidth=1.8, label=label, zorder=4)
+    rates = np.geomspace(lowest, 1.0, _N_STEPS)
+    _draw_curves(ax, report, "auroc", [(None, examples.scores), *controls], examples, look)
     _draw_points(ax, report, look)
+    ax.plot(rates, rates, color=look.muted, linestyle=":", linewidth=1, label="chance")
+    _draw_band(ax, report, examples, rates, look)
+    ax.axvspan(lowest, one_negative, color=look.grid, alpha=0.5, linewidth=0, zorder=0, label="below one false positive")
     ax.set_xscale("log")
     ax.set_xlim(lowest, 1.0)
     ax.set_ylim(0.0, 1.02)
-    percent_ticks(ax.xaxis, 10.0 ** np.arange(round(math.log10(lowest)), 1))
+    percent_ticks(ax.xaxis, [10.0**power for power in range(round(math.log10(lowest)), 1)])
     percent_ticks(ax.yaxis)
     ax.grid(color=look.grid, linewidth=0.6)
     label_axes(ax, look, "ROC, with AUROC", f"false positives, % of {_negatives(report)} (log)", "true positives, %")
@@ -60,17 +56,11 @@ def plot_precision_recall(report: ProbeReport, ax: Any = None, *, theme: Theme =
     """Precision by recall as a step at each threshold; thin lines: controls; dotted: the share of positives, which guessing
     reaches. Returns and raises as `plot_roc`."""
     examples = judged_examples(report, "a precision-recall curve")
-    ax, look = plot_axes(ax, theme)
+    controls = _controls(report, examples)
+    ax, look = plot_axes(ax, theme, len(controls) + 2)
     share = float((examples.labels == 1).mean())
+    _draw_curves(ax, report, "auprc", [(None, examples.scores), *controls], examples, look)
     ax.axhline(share, color=look.muted, linestyle=":", linewidth=1, label=f"share of positives {share:.3f}")
-    for at, (name, scores) in enumerate(_controls(report, examples)):
-        style: dict[str, Any] = {"color": look.series[2 + at % 3], "linestyle": LINE_STYLES[1 + at % 3], "linewidth": 1}
-        label = f"{name} {band_text(_metric(report.controls[name].metrics, 'auprc'))}"
-        curve = _precision_recall(_counts(examples.labels, scores))
-        ax.plot(*curve, drawstyle="steps-post", label=_words(label), **style)
-    label = f"probe {band_text(_metric(report.metrics, 'auprc'))}"
-    curve = _precision_recall(_counts(examples.labels, examples.scores))
-    ax.plot(*curve, drawstyle="steps-post", color=look.series[0], linewidth=1.8, label=label, zorder=4)
     ax.set_xlim(0.0, 1.0)
     ax.set_ylim(0.0, 1.02)
     percent_ticks(ax.xaxis)
@@ -81,8 +71,20 @@ def plot_precision_recall(report: ProbeReport, ax: Any = None, *, theme: Theme =
     return ax
 
 
-def _counts(labels: Array, scores: Array) -> RocCounts:
-    return Ranking(labels == 1, scores).curve(np.ones(len(labels)))
+def _draw_curves(
+    ax: Any, report: ProbeReport, metric: str, scorings: list[tuple[str | None, Array]], examples: Scored, look: Look
+) -> None:
+    """A line for the probe (None) and for each control, with the metric in the legend."""
+    curve = {"auroc": _roc, "auprc": _precision_recall}[metric]
+    for at, (name, scores) in enumerate(scorings):
+        metrics = report.metrics if name is None else report.controls[name].metrics
+        style: dict[str, Any] = {"color": look.series[0], "linewidth": 1.8, "zorder": 4}
+        if name is not None:
+            colour, line = look.series[2 + at % _N_COLOURS], LINE_STYLES[1 + (at + at // _N_COLOURS) % _N_COLOURS]
+            style = {"color": colour, "linestyle": line, "linewidth": 1}
+        label = f"{'probe' if name is None else name.replace('_', ' ')} {_band(metrics, metric)}"
+        counts = Ranking(examples.labels == 1, scores).curve(np.ones(len(scores)))
+        ax.plot(*curve(counts), drawstyle="steps-post", label=plain(label, 60), **style)
 
 
 def _roc(counts: RocCounts) -> tuple[Array, Array]:
@@ -98,7 +100,7 @@ def _precision_recall(counts: RocCounts) -> tuple[Array, Array]:
     return (hits / hits[-1])[::-1], precision[::-1]
 
 
-def _draw_roc_band(ax: Any, report: ProbeReport, examples: Scored, rates: Array, look: Look) -> None:
+def _draw_band(ax: Any, report: ProbeReport, examples: Scored, rates: Array, look: Look) -> None:
     resamples = resamples_of(report, examples)
     if not resamples.enough:
         return
@@ -131,18 +133,16 @@ def _draw_points(ax: Any, report: ProbeReport, look: Look) -> None:
             ax.vlines([rate], [one.low], [one.high], color=look.series[1], linewidth=1.4, zorder=5)
 
 
-def _controls(report: ProbeReport, examples: Scored) -> list[tuple[str, Array]]:
-    found = [(name, control_scores(one, len(examples.labels))) for name, one in report.controls.items()]
+def _controls(report: ProbeReport, examples: Scored) -> list[tuple[str | None, Array]]:
+    found: list[tuple[str, Array | None]] = [
+        (name, control_scores(one, len(examples.labels))) for name, one in report.controls.items()
+    ]
     return [(name, scores) for name, scores in found if scores is not None]
 
 
-def _metric(metrics: Any, name: str) -> Measure:
-    return metrics[name] if name in metrics else Measure(value=None, n=0, note="not measured")
+def _band(metrics: Mapping[str, Measure], name: str) -> str:
+    return band_text(metrics[name]) if name in metrics else ""
 
 
 def _negatives(report: ProbeReport) -> str:
     return f"{report.class_counts[0]:,} {report.level}s {report.classes[0]!r}"
-
-
-def _words(text: str) -> str:
-    return plain(text.replace("_", " "), 60)

@@ -29,13 +29,13 @@ def plot_lengths(report: ProbeReport, ax: Any = None, *, n_bins: int = 5, theme:
         raise InputError(f"{_WHAT} needs the number of tokens of each prompt, which this report does not hold.")
     if n_bins < 1:
         raise InputError(f"n_bins is {n_bins}; expected 1 or more.")
-    ax, look = plot_axes(ax, theme)
+    ax, look = plot_axes(ax, theme, 3)
     lengths = np.array(report.examples.n_tokens, dtype=np.int64)
     names = []
     for at, chosen in enumerate(length_bins(lengths, n_bins)):
         part = examples.of_prompts(chosen)
         shortest, longest = int(lengths[chosen].min()), int(lengths[chosen].max())
-        span = f"{shortest}" if shortest == longest else f"{shortest}–{longest}"
+        span = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
         names.append(f"{span}\nn {int(chosen.sum()):,}")
         if len(np.unique(part.labels)) < 2:
             ax.text(at, 0.5, "one class", rotation=90, ha="center", va="center", fontsize=SMALL, color=look.muted)
@@ -56,7 +56,9 @@ def plot_lengths(report: ProbeReport, ax: Any = None, *, n_bins: int = 5, theme:
             ax.vlines([at], [interval.low], [interval.high], color=look.series[0], linewidth=1.6)
     overall = f"all prompts {band_text(report.metrics['auroc'])}"
     if report.metrics["auroc"].value is not None:
-        ax.axhline(report.metrics["auroc"].value, color=look.series[1], linestyle="--", linewidth=1, label=plain(overall, 60))
+        ax.axhline(
+            report.metrics["auroc"].value, color=look.series[1], linestyle="--", linewidth=1, label=plain(overall, 60)
+        )
     ax.axhline(0.5, color=look.muted, linestyle=":", linewidth=1, label="chance")
     ax.set_xticks(range(len(names)), names, fontsize=SMALL)
     ax.set_xlim(-0.5, len(names) - 0.5)

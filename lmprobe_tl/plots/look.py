@@ -12,7 +12,9 @@ from lmprobe_tl.report_table import printable
 Theme: TypeAlias = Literal["light", "dark"]
 FONT_SIZE = 9.0  # points, in a picture as wide as a phone
 SMALL = 7.5
-_SIZE = (4.6, 3.9)  # inches
+_WIDTH, _HEIGHT = 4.6, 3.3  # inches, without a legend
+_LEGEND_LINE = 0.16  # inches
+_BELOW = 40  # points from the axes to the legend, where ticks and label are
 _LONGEST = 32
 
 
@@ -35,8 +37,8 @@ LOOKS: dict[str, Look] = {
 LINE_STYLES = ("-", "--", "-.", ":")
 
 
-def plot_axes(ax: Any, theme: Theme) -> tuple[Any, Look]:
-    """Axes to draw on, new ones in a figure of their own for None, and the look of the theme.
+def plot_axes(ax: Any, theme: Theme, n_lines: int) -> tuple[Any, Look]:
+    """Axes to draw on, for None new ones in a figure of their own with room for a legend of `n_lines`, and the theme's look.
 
     InputError for an unknown theme, and where matplotlib is not installed.
     """
@@ -44,7 +46,7 @@ def plot_axes(ax: Any, theme: Theme) -> tuple[Any, Look]:
         raise InputError(f"theme is {theme!r}; expected {' or '.join(map(repr, LOOKS))}.")
     look = LOOKS[theme]
     if ax is None:
-        ax = new_figure(facecolor=look.surface).add_subplot()
+        ax = new_figure(_HEIGHT + _LEGEND_LINE * n_lines, facecolor=look.surface).add_subplot()
     ax.set_facecolor(look.surface)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(look.muted)
@@ -53,13 +55,13 @@ def plot_axes(ax: Any, theme: Theme) -> tuple[Any, Look]:
     return ax, look
 
 
-def new_figure(**options: Any) -> Any:
+def new_figure(height: float, **options: Any) -> Any:
     """A matplotlib Figure; InputError that says how to install it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("a plot needs matplotlib: pip install 'lmprobe-tl[plots]'.") from None
-    return Figure(figsize=_SIZE, layout="constrained", **options)
+    return Figure(figsize=(_WIDTH, height), layout="constrained", **options)
 
 
 def label_axes(ax: Any, look: Look, title: str, x: str, y: str) -> None:
@@ -68,10 +70,11 @@ def label_axes(ax: Any, look: Look, title: str, x: str, y: str) -> None:
     ax.set_ylabel(plain(y, 80), fontsize=FONT_SIZE, color=look.ink)
 
 
-def add_legend(ax: Any, look: Look, *, n_columns: int = 1) -> None:
-    """Below the axes, where no line can run through it."""
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.2), "borderaxespad": 0.0}
-    ax.legend(frameon=False, fontsize=SMALL + 0.5, labelcolor=look.ink, ncols=n_columns, handlelength=2.4, **place)
+def add_legend(ax: Any, look: Look) -> None:
+    """Below the axes and their labels, where no line can run through it."""
+    below = _transforms().ScaledTranslation(0.0, -_BELOW / 72, ax.figure.dpi_scale_trans)
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.02, 0.0), "bbox_transform": ax.transAxes + below}
+    ax.legend(frameon=False, fontsize=SMALL + 0.5, labelcolor=look.ink, handlelength=2.4, borderaxespad=0.0, **place)
 
 
 def percent_ticks(axis: Any, places: Sequence[float] | None = None) -> None:
@@ -93,6 +96,12 @@ def plain(text: str, longest: int = _LONGEST) -> str:
 def quoted(label: object) -> str:
     """A class as a legend names it; quoted, since matplotlib leaves out what begins with '_'."""
     return plain(repr(label))
+
+
+def _transforms() -> Any:
+    from matplotlib import transforms
+
+    return transforms
 
 
 def _ticker() -> Any:

@@ -20,7 +20,7 @@ def plot_scores(report: ProbeReport, ax: Any = None, *, threshold: float | None 
     """Histogram of the scores (logits) of each class, as shares of it, with the logit above which the probe says the second
     class. threshold: another to mark, as a logit, such as that of the probe's file. Returns and raises as `plot_roc`."""
     examples = judged_examples(report, "a histogram of scores")
-    ax, look = plot_axes(ax, theme)
+    ax, look = plot_axes(ax, theme, 3)
     shown, is_cut = _without_far_ones(examples.scores)
     edges = _edges(shown)
     for at, label in enumerate(report.classes):
@@ -49,7 +49,7 @@ def plot_reliability(report: ProbeReport, ax: Any = None, *, theme: Theme = "lig
     prompt are no independent evidence. Returns and raises as `plot_roc`.
     """
     examples = judged_examples(report, "a reliability diagram")
-    ax, look = plot_axes(ax, theme)
+    ax, look = plot_axes(ax, theme, 3)
     is_positive, probabilities = examples.labels == 1, examples.probabilities[:, 1]
     bins = CalibrationBins(is_positive, probabilities)
     index = bins.index()

@@ -17,8 +17,8 @@ _METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # None leaves 
 
 
 def inline_svg(ax: Any, name: str, label: str) -> str:
-    """The figure of these Axes, drawn in the light theme, as an <svg> element. name: begins its ids, which must differ within
-    a page; label: what it shows, for who cannot see it.
+    """The figure of these Axes, drawn in the light theme, as an <svg> element. name: begins its ids, which must differ
+    within a page; label: what it shows, for who cannot see it.
 
     Colours are the variables of `colour_variables`; text stays text, in the font of the page. Equal pictures give equal
     text.
