@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lmprobe_tl.probe_file import load_probe
     from lmprobe_tl.probe_report import ProbeReport, ShiftReport
     from lmprobe_tl.reductions import ReductionParameter, register_reduction
+    from lmprobe_tl.report_page import save_report
     from lmprobe_tl.scoring import score_prompts, sequence_maxima
     from lmprobe_tl.shift import evaluate_shift
     from lmprobe_tl.store.merging import merge_stores

@@ -121,7 +121,7 @@ class ExampleRecord(Record):
     """What was judged, example by example, in the order of the prompts.
 
     labels: index of each one's class. scores: one row for two classes (of the second), else one a class, [n_outputs][n];
-    probabilities: likewise. prompts: index of each one's prompt. groups: of each prompt. n_tokens: of each prompt, how many of
+    probabilities: likewise. prompts: index of each one's prompt. groups, n_tokens: of each prompt, the latter how many of
     its tokens count. texts, token_scores: of each prompt its text in pieces, special tokens too, and the logit of each (two
     classes), where they were to be kept.
     """

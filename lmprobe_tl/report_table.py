@@ -143,12 +143,12 @@ def _wrapped(text: str, indent: str = "", *, later: str | None = None) -> list[s
     """Lines of at most 80 columns, where wide characters take two; spaces inside a line stay as they are."""
     lines, line, is_fresh = [], indent, True
     for gap, word in re.findall("( *)([^ ]+)", printable(text)):
-        if not is_fresh and _columns(line + gap + word) > WIDTH:
+        if not is_fresh and columns(line + gap + word) > WIDTH:
             lines.append(line)
             line, gap = indent if later is None else later, ""
         line += gap
         for char in word:  # a word may be longer than a line
-            if _columns(line + char) > WIDTH:
+            if columns(line + char) > WIDTH:
                 lines.append(line)
                 line = indent if later is None else later
             line += char
@@ -159,11 +159,11 @@ def _wrapped(text: str, indent: str = "", *, later: str | None = None) -> list[s
 def _fitted(name: str, width: int) -> str:
     """The name in exactly so many columns, cut short with three dots."""
     name = printable(name)
-    if _columns(name) > width:
-        while _columns(name) > width - 3:
+    if columns(name) > width:
+        while columns(name) > width - 3:
             name = name[:-1]
         name += "..."
-    return name + " " * (width - _columns(name))
+    return name + " " * (width - columns(name))
 
 
 def printable(text: str) -> str:
@@ -171,6 +171,7 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _columns(text: Sequence[str]) -> int:
+def columns(text: Sequence[str]) -> int:
+    """How many columns of a terminal the text takes; wide characters take two."""
     wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
     return len(text) + wide - sum(unicodedata.combining(char) > 0 for char in text)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.report_table import printable
+from lmprobe_tl.report_table import columns, printable
 
 Theme: TypeAlias = Literal["light", "dark"]
 FONT_SIZE = 9.0  # points, in a picture as wide as a phone
@@ -89,7 +89,10 @@ def plain(text: str, longest: int = _LONGEST) -> str:
     """Text for matplotlib that is shown as it is: no formulas between dollars, nothing unseen, nothing that runs out of
     the picture."""
     text = printable(text)
-    text = text if len(text) <= longest else text[: longest - 1] + "…"
+    if columns(text) > longest:
+        while columns(text) > longest - 1:
+            text = text[:-1]
+        text += "…"
     return text.replace("$", r"\$")
 
 

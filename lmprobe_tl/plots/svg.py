@@ -10,6 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from lmprobe_tl.plots.look import LOOKS
+from lmprobe_tl.report_table import printable
 
 _SVG = "{http://www.w3.org/2000/svg}"
 _LEFT_OUT = {f"{_SVG}metadata", f"{_SVG}style", f"{_SVG}title"}
@@ -32,7 +33,7 @@ def inline_svg(ax: Any, name: str, label: str) -> str:
     root = ElementTree.fromstring(buffer.getvalue())
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    root.attrib |= {"role": "img", "aria-label": label, "stroke-linejoin": "round"}
+    root.attrib |= {"role": "img", "aria-label": printable(label), "stroke-linejoin": "round"}
     return _written(root, f"{name}-")
 
 
@@ -70,6 +71,7 @@ def _attribute(key: str, value: str, prefix: str) -> str:
     value = value.replace("url(#", f"url(#{prefix}")
     if key == "style":
         value = re.sub(r"font: (?:[a-z]+ )*([\d.]+px) [^;]*", r"font-size: \1", value)
+        value = re.sub(r"font-family: [^;]*;? *", "", value)
         for name, colour in _colours("light").items():
             value = value.replace(colour, f"var(--{name})")
     return value

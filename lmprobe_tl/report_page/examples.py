@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,11 @@ _LONGEST_PIECE = 100  # characters
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt or a token. label, said: index of its class, and of that which the probe says."""
+    """A prompt or a token. place: of a token, in its prompt. label, said: index of its class, and of that which the probe
+    says."""
 
     prompt: int
+    place: int
     label: int
     said: int
     score: float
@@ -37,9 +40,10 @@ def examples(report: ProbeReport, most: int) -> Html:
         how = "The report holds no texts. Evaluate with keep_tokens=True, or with lmprobe-tl eval --report, to see examples."
         return tag("p", how, class_="quiet")
     negative, positive = (repr(label) for label in report.classes)
+    outlined = "the highest" if report.level == "prompt" else "the one that is judged"
     legend = (
         f"Each token is coloured by its own logit: blue speaks for {negative}, orange for {positive}. Underlined: above 0; "
-        f"outlined: the highest. Hover over a token for its logit. ↵ and → are line ends and tabs."
+        f"outlined: {outlined}. Hover over a token for its logit. ↵ and → are line ends and tabs."
     )
     parts = [tag("p", legend), tag("p", _scale(), class_="scale")]
     for heading, chosen, n_all in _kinds(report, most):
@@ -61,13 +65,14 @@ def chosen_examples(report: ProbeReport) -> Iterator[tuple[int, int, list[Exampl
 def _all(report: ProbeReport) -> Iterator[Example]:
     records = report.examples
     columns = (records.prompts, records.labels, records.scores[0], records.probabilities[0])
+    so_far: Counter[int] = Counter()
     for prompt, label, score, probability in zip(*columns, strict=True):
-        yield Example(prompt, label, int(probability > 0.5), score, probability)
+        yield Example(prompt, so_far[prompt], label, int(probability > 0.5), score, probability)
+        so_far[prompt] += 1
 
 
 def _kinds(report: ProbeReport, most: int) -> Iterator[tuple[str, list[Example], int]]:
-    """Heading, the examples to show and how many there are, each prompt once. Errors leave no room to others that they
-    need."""
+    """Heading, the examples to show, each prompt once, and how many there are in all."""
     kinds = list(chosen_examples(report))
     # Errors are what one learns from: a third each, and a sixth each for what is right.
     room, seen = [most // 3, most // 3, most // 6, most // 6], set[int]()
@@ -97,15 +102,16 @@ def _shown(report: ProbeReport, one: Example) -> Html:
     head = tag("p", [tag("b", f"{unit}label {label}, the probe says {said}"), "; " + ", ".join(facts)])
     if not pieces:
         return tag("div", [head, tag("p", "no text", class_="quiet")], class_="example")
-    top = max(range(len(scores)), key=scores.__getitem__)
-    highest = tag(
-        "p", ["highest: ", tag("span", _named(pieces[top]), class_="piece"), f" {scores[top]:+.2f}"], class_="quiet"
-    )
-    return tag("div", [head, _text(pieces, scores, top), highest], class_="example")
+    # Pieces are tokens, unless a character is made of several.
+    is_token = report.level == "token" and len(pieces) == records.prompts.count(one.prompt)
+    top = one.place if is_token else max(range(len(scores)), key=scores.__getitem__)
+    words = "the token: " if is_token else "highest: "
+    outlined = tag("p", [words, tag("span", _named(pieces[top]), class_="piece"), f" {scores[top]:+.2f}"], class_="quiet")
+    return tag("div", [head, _text(pieces, scores, top), outlined], class_="example")
 
 
 def _text(pieces: Sequence[str], scores: Sequence[float], top: int) -> Html:
-    """The text around its highest token, as much as fits."""
+    """The text around the outlined token, as much as fits."""
     start = max(0, min(top - MOST_PIECES // 2, len(pieces) - MOST_PIECES))
     end = min(len(pieces), start + MOST_PIECES)
     spans = [_token(pieces[at], scores[at], is_top=at == top) for at in range(start, end)]
