@@ -117,9 +117,10 @@ def test_draws_depend_on_the_number_of_groups_and_the_seed_alone() -> None:
 def test_resamples_without_a_class_are_left_out_and_counted() -> None:
     labels, scores = np.array([0] * 30 + [1]), np.arange(31.0)
     resamples = Resamples.drawn(labels, np.arange(31), n_bootstrap=200)
-    one = sampled_metrics(scored(labels, scores / 31, np.arange(31)), resamples)["auroc"]
-    assert one.values is not None
-    missed = resamples.times[:, 30] == 0
+    found = sampled_metrics(scored(labels, scores / 31, np.arange(31)), resamples)
+    one, missed = found["auroc"], resamples.times[:, 30] == 0
+    assert one.values is not None and found["accuracy"].values is not None
+    assert np.array_equal(np.isnan(found["accuracy"].values), missed), "the same resamples for every metric"
     assert 0 < missed.sum() < 200
     assert np.array_equal(np.isnan(one.values), missed)
     assert resamples.interval(1.0, one.values) == Interval(1.0, None, None, 0.95, 31, int(missed.sum()))
