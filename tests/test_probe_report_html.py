@@ -235,7 +235,10 @@ def shown_examples(text: str) -> dict[str, list[tuple[str, str, float]]]:
     """Label, what the probe says and the score of each example, by heading."""
     found = {}
     for heading, part in re.findall("<summary>([^<]*: [^<]*)</summary>(.*?)</details>", text, re.DOTALL):
-        heads = re.findall(r"<b>label '(\w+)', the probe says '(\w+)'</b>; probability [\d.]+, score ([+-][\d.]+)", part)
+        heads = re.findall(
+            r"<b>label <bdi>'(\w+)'</bdi>, the probe says <bdi>'(\w+)'</bdi></b>; probability [\d.]+, score ([+-][\d.]+)",
+            part,
+        )
         if "<pre" in part or "none" in part:
             found[heading] = [(label, said, float(score)) for label, said, score in heads]
     return found

@@ -11,7 +11,7 @@ import numpy as np
 from lmprobe_tl.measures import Measure
 from lmprobe_tl.metrics import Array, Ranking, RocCounts
 from lmprobe_tl.plots.judged import control_scores, judged_examples, resamples_of
-from lmprobe_tl.plots.look import LINE_STYLES, Look, Theme, add_legend, label_axes, percent_ticks, plain, plot_axes
+from lmprobe_tl.plots.look import LINE_STYLES, Look, Theme, add_legend, label_axes, percent_ticks, plain, plot_axes, quoted
 from lmprobe_tl.probe_report import ProbeReport
 from lmprobe_tl.report_table import band_text, rate_of
 from lmprobe_tl.scored import Scored
@@ -82,9 +82,9 @@ def _draw_curves(
         if name is not None:
             colour, line = look.series[2 + at % _N_COLOURS], LINE_STYLES[1 + (at + at // _N_COLOURS) % _N_COLOURS]
             style = {"color": colour, "linestyle": line, "linewidth": 1}
-        label = f"{'probe' if name is None else name.replace('_', ' ')} {_band(metrics, metric)}"
+        words = "probe" if name is None else plain(name.replace("_", " ").strip(), 24)
         counts = Ranking(examples.labels == 1, scores).curve(np.ones(len(scores)))
-        ax.plot(*curve(counts), drawstyle="steps-post", label=plain(label, 60), **style)
+        ax.plot(*curve(counts), drawstyle="steps-post", label=f"{words} {_band(metrics, metric)}", **style)
 
 
 def _roc(counts: RocCounts) -> tuple[Array, Array]:
@@ -145,4 +145,4 @@ def _band(metrics: Mapping[str, Measure], name: str) -> str:
 
 
 def _negatives(report: ProbeReport) -> str:
-    return f"{report.class_counts[0]:,} {report.level}s {report.classes[0]!r}"
+    return f"{report.class_counts[0]:,} {report.level}s {quoted(report.classes[0], 14)}"

@@ -96,9 +96,9 @@ def plain(text: str, longest: int = _LONGEST) -> str:
     return text.replace("$", r"\$")
 
 
-def quoted(label: object) -> str:
+def quoted(label: object, longest: int = _LONGEST) -> str:
     """A class as a legend names it; quoted, since matplotlib leaves out what begins with '_'."""
-    return plain(repr(label))
+    return plain(repr(label), longest)
 
 
 def _transforms() -> Any:

@@ -49,7 +49,7 @@ def plot_reliability(report: ProbeReport, ax: Any = None, *, theme: Theme = "lig
     prompt are no independent evidence. Returns and raises as `plot_roc`.
     """
     examples = judged_examples(report, "a reliability diagram")
-    ax, look = plot_axes(ax, theme, 3)
+    ax, look = plot_axes(ax, theme, 4)
     is_positive, probabilities = examples.labels == 1, examples.probabilities[:, 1]
     bins = CalibrationBins(is_positive, probabilities)
     index = bins.index()
@@ -59,13 +59,14 @@ def plot_reliability(report: ProbeReport, ax: Any = None, *, theme: Theme = "lig
     n_prompts = np.array([len(np.unique(examples.prompts[part])) for part in parts])
     low, high = wilson_interval(shares, n_prompts, report.confidence)
     ax.plot([0, 1], [0, 1], color=look.muted, linestyle=":", linewidth=1, label="calibrated")
-    words = f"share of {quoted(report.classes[1])}, with {100 * report.confidence:g} % interval"
+    words = f"share of {quoted(report.classes[1])} with {100 * report.confidence:g} % interval"
     ax.vlines(means, low, high, color=look.series[0], linewidth=1.4)
     point: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linewidth": 1, "markeredgecolor": look.surface}
     ax.plot(means, shares, color=look.series[0], label=words, zorder=4, clip_on=False, **point)
     error = report.metrics.get("calibration_error")
-    told = "" if error is None else f"calibration error {band_text(error)}; "
-    ax.plot([], [], linestyle="none", label=f"{told}{_sizes([len(part) for part in parts], report.level)}")
+    told = [_sizes([len(part) for part in parts], report.level)]
+    for words in (*([] if error is None else [f"calibration error {band_text(error)}"]), *told):
+        ax.plot([], [], linestyle="none", label=words)
     ax.set_xlim(0.0, 1.0)
     ax.set_ylim(0.0, 1.02)
     percent_ticks(ax.xaxis)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lmprobe_tl.probe_report import ProbeReport
-from lmprobe_tl.report_page.markup import Html, folded, joined, tag, visible
+from lmprobe_tl.report_page.markup import Html, folded, joined, separated, tag, visible
 from lmprobe_tl.report_page.style import step_of
 
 MOST_PIECES = 240  # of a text that are shown
@@ -92,14 +92,15 @@ def _shown(report: ProbeReport, one: Example) -> Html:
     records = report.examples
     assert records.texts is not None and records.token_scores is not None
     pieces, scores = records.texts[one.prompt], records.token_scores[one.prompt]
-    label, said = (repr(report.classes[at]) for at in (one.label, one.said))
-    facts = [f"probability {one.probability:.3f}", f"score {one.score:+.2f}", f"prompt {one.prompt}"]
+    # In <bdi>, or a name in Arabic would turn round the numbers after it.
+    label, said = (tag("bdi", repr(report.classes[at])) for at in (one.label, one.said))
+    facts: list[str] = [f"probability {one.probability:.3f}", f"score {one.score:+.2f}", f"prompt {one.prompt}"]
     if records.n_tokens is not None:
         facts.append(f"{records.n_tokens[one.prompt]:,} tokens")
     if records.groups is not None:
-        facts.append(f"group {records.groups[one.prompt]}")
+        facts.append(joined(["group ", tag("bdi", records.groups[one.prompt])]))
     unit = "" if report.level == "prompt" else "a token; "
-    head = tag("p", [tag("b", f"{unit}label {label}, the probe says {said}"), "; " + ", ".join(facts)])
+    head = tag("p", [tag("b", [unit, "label ", label, ", the probe says ", said]), "; ", *separated(facts)])
     if not pieces:
         return tag("div", [head, tag("p", "no text", class_="quiet")], class_="example")
     # Pieces are tokens, unless a character is made of several.

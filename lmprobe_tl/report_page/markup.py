@@ -36,6 +36,11 @@ def joined(content: Content) -> Html:
     return Html("".join(part if isinstance(part, Html) else escape(printable(part), quote=False) for part in parts))
 
 
+def separated(parts: Sequence[str]) -> list[str]:
+    """With commas between them."""
+    return [piece for at, part in enumerate(parts) for piece in ((", ", part) if at else (part,))]
+
+
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
     """A table that scrolls by itself where it is too wide. The first cell of each row is its header."""
     top = tag("thead", tag("tr", [tag("th", cell, scope="col") for cell in head])) if head else ""

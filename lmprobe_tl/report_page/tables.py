@@ -141,7 +141,9 @@ def _named(name: str, note: str) -> Html:
 
 
 def _with_note(name: str, n_prompts: int, one: Measure) -> Html:
-    return _named(name, "; ".join([f"{n_prompts:,} prompts", *([one.note] if one.value is None else [])]))
+    return _named(
+        name, "; ".join([f"{n_prompts:,} prompt{'s' if n_prompts != 1 else ''}", *([one.note] if one.value is None else [])])
+    )
 
 
 def _about(one: ControlReport) -> str:
