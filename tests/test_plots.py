@@ -27,7 +27,7 @@ from lmprobe_tl.plots.svg import inline_svg
 
 PLOTS = [plot_roc, plot_precision_recall, plot_scores, plot_reliability, plot_lengths]
 Plot = Callable[..., Any]
-tied = st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=4, max_size=30).filter(
+tied = st.lists(st.tuples(st.integers(0, 1), st.integers(-6, 6)), min_size=4, max_size=40).filter(
     lambda pairs: len({label for label, _ in pairs}) == 2
 )
 
@@ -90,7 +90,7 @@ def test_the_band_is_that_of_a_plain_loop_over_resamples() -> None:
     (band,) = [one for one in ax.collections if one.get_label() == "95 % interval of the probe"]
     corners = band.get_paths()[0].vertices
     resamples = Resamples.drawn(labels, prompts, n_bootstrap=report.n_bootstrap, random_state=0)
-    for rate in corners[1:80:13, 0]:
+    for rate in corners[[*range(1, 80, 13), 80], 0]:
         values = [
             tpr_at_fpr(labels, scores, rate, sample_weight=times[prompts].astype(float))
             for times, usable in zip(resamples.times, resamples.usable, strict=True)
