@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lmprobe_tl.probe_file import load_probe
     from lmprobe_tl.probe_report import ProbeReport, ShiftReport
     from lmprobe_tl.reductions import ReductionParameter, register_reduction
+    from lmprobe_tl.report_page import save_report
     from lmprobe_tl.scoring import score_prompts, sequence_maxima
     from lmprobe_tl.shift import evaluate_shift
     from lmprobe_tl.steering import ablate, steer
@@ -70,6 +71,7 @@ _HOMES = {
     "merge_stores": "store.merging",
     "monitored_generate": "generation",
     "register_reduction": "reductions",
+    "save_report": "report_page",
     "score_prompts": "scoring",
     "sequence_maxima": "scoring",
     "steer": "steering",
@@ -107,6 +109,7 @@ __all__ = [
     "monitored_generate",
     "pooling",
     "register_reduction",
+    "save_report",
     "score_prompts",
     "sequence_maxima",
     "steer",

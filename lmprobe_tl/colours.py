@@ -7,6 +7,8 @@ import math
 # Diverging, blue to orange over near-white (after the Okabe-Ito palette): both ends stay apart in all common colour
 # blindness.
 _LOW, _MIDDLE, _HIGH = (120, 180, 235), (245, 245, 240), (240, 160, 60)
+# The same scale under light text, over a grey that is nearly black.
+_DARK_LOW, _DARK_MIDDLE, _DARK_HIGH = (28, 88, 150), (42, 43, 46), (146, 76, 8)
 # Logits this far from the threshold get the full colour.
 _SPAN = 6.0
 
@@ -18,10 +20,11 @@ def score_share(logit: float, threshold_logit: float = 0.0) -> float:
     return math.tanh(2 * (logit - threshold_logit) / _SPAN)
 
 
-def share_colour(share: float) -> str:
-    """Colour '#rrggbb' of a place on the scale, from -1 (blue) over 0 (near-white) to 1 (orange)."""
-    end = _HIGH if share > 0 else _LOW
-    mixed = (round(middle + abs(share) * (far - middle)) for middle, far in zip(_MIDDLE, end, strict=True))
+def share_colour(share: float, *, dark: bool = False) -> str:
+    """Colour '#rrggbb' of a place on the scale, from -1 (blue) over 0 (near-white, near-black if `dark`) to 1 (orange)."""
+    low, centre, high = (_DARK_LOW, _DARK_MIDDLE, _DARK_HIGH) if dark else (_LOW, _MIDDLE, _HIGH)
+    end = high if share > 0 else low
+    mixed = (round(middle + abs(share) * (far - middle)) for middle, far in zip(centre, end, strict=True))
     return "#{:02x}{:02x}{:02x}".format(*mixed)
 
 

@@ -170,13 +170,24 @@ class CalibrationBins:
         mass, gap = weight, weight * self._gap
         if len(self._first_of_tie) < weight.shape[-1]:
             mass, gap = (np.add.reduceat(part, self._first_of_tie, axis=-1) for part in (mass, gap))
+        bins, total = self._bins(mass)
+        rows = np.arange(bins[..., 0].size).reshape(*bins.shape[:-1], 1)
+        sums = np.bincount((bins + rows * self._n_bins).ravel(), weights=gap.ravel(), minlength=rows.size * self._n_bins)
+        return sums.reshape(*bins.shape[:-1], self._n_bins) / total
+
+    def index(self) -> NDArray[np.int64]:
+        """The bin of each example, [n_examples] in the order of `order`, where all weigh the same."""
+        ends = np.append(self._first_of_tie[1:], len(self.order))
+        n_tied = ends - self._first_of_tie
+        return np.repeat(self._bins(n_tied.astype(np.float64))[0], n_tied)
+
+    def _bins(self, mass: Array) -> tuple[NDArray[np.int64], Array]:
+        """The bin of each run of equal probabilities and the whole mass, for mass [... n_runs]."""
         below = np.cumsum(mass, axis=-1)
         total = below[..., -1:]
         # multiplied first: a quotient that is a whole number comes out as one
         bins = np.minimum((below - mass / 2) * self._n_bins / total, self._n_bins - 1).astype(np.int64)
-        rows = np.arange(bins[..., 0].size).reshape(*bins.shape[:-1], 1)
-        sums = np.bincount((bins + rows * self._n_bins).ravel(), weights=gap.ravel(), minlength=rows.size * self._n_bins)
-        return sums.reshape(*bins.shape[:-1], self._n_bins) / total
+        return bins, total
 
 
 def _two_classes(

@@ -232,9 +232,9 @@ def _notes(subject: JudgedProbe, taught: LabelledPrompts | None) -> list[str]:
 def _examples(subject: JudgedProbe, given: LabelledPrompts, judged: Scored, *, keep_tokens: bool) -> ExampleRecord:
     texts: list[tuple[str, ...]] | None = None
     scores: list[tuple[float, ...]] | None = None
+    rows = subject.counted(subject.rows(given.prompts))
     if keep_tokens and judged.is_binary:
         texts, scores = [], []
-        rows = subject.counted(subject.rows(given.prompts))
         for row, logits in zip(rows, subject.token_logits(given.prompts), strict=True):
             pieces = _pieces(subject.model.tokenizer, row, logits)
             texts.append(tuple(text for text, _ in pieces))
@@ -246,6 +246,7 @@ def _examples(subject: JudgedProbe, given: LabelledPrompts, judged: Scored, *, k
         probabilities=_columns(probabilities),
         prompts=tuple(judged.prompts.tolist()),
         groups=None if given.groups is None else tuple(given.groups.tolist()),
+        n_tokens=tuple(map(len, rows)),
         texts=None if texts is None else tuple(texts),
         token_scores=None if scores is None else tuple(scores),
     )
@@ -255,8 +256,20 @@ def _pieces(tokenizer: Any, row: list[int], logits: NDArray[Any]) -> list[tuple[
     if tokenizer is None:
         return [(str(token), float(score)) for token, score in zip(row, logits, strict=True)]
     text = TokenText(tokenizer)
-    found = [text.add(token, float(score)) for token, score in zip(row, logits, strict=True)]
+    found: list[tuple[str, float] | None] = []
+    for token, score in zip(row, logits.tolist(), strict=True):
+        if special := _special(tokenizer, token):
+            found += [text.rest(), (special, score)]
+        else:
+            found.append(text.add(token, score))
     return [piece for piece in [*found, text.rest()] if piece is not None]
+
+
+def _special(tokenizer: Any, token: int) -> str:
+    """How a special token, such as those of a chat template, is written; nothing for any other token."""
+    return (
+        "" if tokenizer.decode([token], skip_special_tokens=True) else tokenizer.decode([token], skip_special_tokens=False)
+    )
 
 
 def _columns(values: NDArray[Any]) -> tuple[tuple[float, ...], ...]:

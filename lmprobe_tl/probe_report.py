@@ -121,8 +121,9 @@ class ExampleRecord(Record):
     """What was judged, example by example, in the order of the prompts.
 
     labels: index of each one's class. scores: one row for two classes (of the second), else one a class, [n_outputs][n];
-    probabilities: likewise. prompts: index of each one's prompt. groups: of each prompt.
-    texts, token_scores: of each prompt its text in pieces and the logit of each (two classes), where they were to be kept.
+    probabilities: likewise. prompts: index of each one's prompt. groups, n_tokens: of each prompt, the latter how many of
+    its tokens count. texts, token_scores: of each prompt its text in pieces, special tokens too, and the logit of each (two
+    classes), where they were to be kept.
     """
 
     labels: tuple[int, ...]
@@ -130,6 +131,7 @@ class ExampleRecord(Record):
     probabilities: tuple[tuple[float, ...], ...]
     prompts: tuple[int, ...]
     groups: tuple[str, ...] | None = None
+    n_tokens: tuple[int, ...] | None = None
     texts: tuple[tuple[str, ...], ...] | None = None
     token_scores: tuple[tuple[float, ...], ...] | None = None
 
@@ -184,6 +186,10 @@ class ProbeReport(SavedRecord):
     def with_shift(self, shift: ShiftReport) -> ProbeReport:
         """A copy that has the shift, too."""
         return replace(self, shift=shift)
+
+    def without_texts(self) -> ProbeReport:
+        """A copy that holds no prompts: what they say stays with whoever made the report."""
+        return replace(self, examples=replace(self.examples, texts=None, token_scores=None))
 
     def __str__(self) -> str:
         return self.table()

@@ -68,7 +68,7 @@ class SweepResult:
         Up to four lines have bands, their intervals; of more lines the best one alone. path: also write the picture there.
         ax: Axes to draw on. InputError where matplotlib is not installed.
         """
-        from lmprobe_tl.plots import plot_sweep
+        from lmprobe_tl.plots.sweep import plot_sweep
 
         return plot_sweep(self, path, ax=ax)
 

@@ -8,7 +8,7 @@ from lmprobe_tl.measures import Difference, Measure
 from lmprobe_tl.probe_report import Conclusion, ControlReport, GroupReport
 
 # What a control is called in a sentence, and what it means not to beat it.
-_WORDS = {
+CONTROL_WORDS = {
     "bag_of_words": ("the bag of words", "Which words a text holds tells as much, so the probe may read just these."),
     "layer_0": ("the embedding (layer 0)", "The tokens by themselves tell as much; what the model computes adds nothing."),
     "length": ("length alone", "How long a text is tells as much, so the probe may read just that."),
@@ -33,7 +33,7 @@ def verdict(
     """A conclusion and its reasons; AUROC decides. worst_group: of those with an AUROC, if there are several."""
     conclusion, lines = _conclusion(auroc, controls, _leaks(controls, n_trained_on, n_prompts))
     if left_out and conclusion != "leakage":
-        named = ", ".join(_WORDS[name][0] for name in left_out)
+        named = ", ".join(CONTROL_WORDS[name][0] for name in left_out)
         lines.append(f"Nothing is known of {named}: these controls did not run.")
     if groups and all(one.metrics["auroc"].value is None for one in groups.values()):
         lines.append("No group holds both classes, so the probe may tell the groups apart and not the labels.")
@@ -59,11 +59,11 @@ def _conclusion(auroc: Measure, controls: Mapping[str, ControlReport], leaks: li
         return "undecided", ["No control ran, so nothing says whether the probe reads more than words, length or chance."]
     unknown = [name for name, one in compared.items() if one.low is None]
     if unknown:
-        named = ", ".join(_WORDS[name][0] for name in unknown)
+        named = ", ".join(CONTROL_WORDS[name][0] for name in unknown)
         return "undecided", [f"Too few prompts to tell whether the probe beats {named}: a class is in fewer than five."]
     closest = min(compared, key=lambda name: compared[name].value)
-    count = f"every control that ran ({len(compared)})" if len(compared) > 1 else _WORDS[closest][0]
-    told = f"The closest is {_WORDS[closest][0]}: difference {_shown(compared[closest])}."
+    count = f"every control that ran ({len(compared)})" if len(compared) > 1 else CONTROL_WORDS[closest][0]
+    told = f"The closest is {CONTROL_WORDS[closest][0]}: difference {_shown(compared[closest])}."
     return "beats its controls", [f"The probe beats {count} on AUROC. {told}"]
 
 
@@ -85,7 +85,7 @@ def _leaks(controls: Mapping[str, ControlReport], n_trained_on: int | None, n_pr
 
 
 def _unbeaten(name: str, difference: Difference, auroc: Measure, control: ControlReport) -> str:
-    words, meaning = _WORDS[name]
+    words, meaning = CONTROL_WORDS[name]
     return (
         f"The probe does not beat {words}: AUROC {auroc.value:.3f} against {control.metrics['auroc'].value:.3f}, difference "
         f"{_shown(difference)}. {meaning}"

@@ -62,6 +62,13 @@ FLOORS = {
         "sweep_judge",
         "sweep_result",
         "plots",
+        "plots.curves",
+        "plots.judged",
+        "plots.lengths",
+        "plots.look",
+        "plots.scores",
+        "plots.svg",
+        "plots.sweep",
         "monitor",
         "attach",
         "generation",
@@ -72,6 +79,8 @@ FLOORS = {
     | {"live.calibration", "live.maxima", "live.sequences", "live.evaluation"},
     5: {"demo", "demo.task", "demo.train_model", "demo.main_job"},
     6: {"colours", "report"}
+    | {"report_page", "report_page.examples", "report_page.markup", "report_page.page", "report_page.pictures"}
+    | {"report_page.style", "report_page.tables"}
     | {"terminal", "terminal.printer", "terminal.growing_text", "terminal.live_screen", "terminal.status_line"}
     | {"terminal.token_style"},
     7: {"cli", "cli.app", "cli.options", "cli.data_files"}
@@ -111,7 +120,7 @@ ONLY_IN = {
     },
     "transformer_lens": {"hook_points"},
     "transformers": {"monitor", "demo.train_model", "cli.options"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots.look", "plots.svg", "plots.sweep"},
     "pandas": {"sweep_result"},
     "vllm": {"vllm._compat", "vllm._compat.blocks", "vllm.engine", "vllm.offline", "vllm.online_engine"},
     "msgspec": {"vllm.wire"},

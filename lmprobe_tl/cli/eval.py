@@ -48,6 +48,9 @@ def evaluate(
     resamples: Annotated[int, typer.Option("--resamples", min=1, help="Resamples of prompts for the intervals.")] = 1000,
     out: Annotated[Path | None, typer.Option("--json", help="File for the whole record (.json).")] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Keep the score of every token in the record, too.")] = False,
+    page: Annotated[
+        Path | None, typer.Option("--report", help="File for a page with tables, pictures and coloured texts (.html).")
+    ] = None,
     text_column: Annotated[str, typer.Option("--text-column", help="Where the text stands.")] = "text",
     label_column: Annotated[str, typer.Option("--label-column", help="Where the label stands.")] = "label",
     max_tokens_per_batch: BatchOption = None,
@@ -58,10 +61,11 @@ def evaluate(
     from lmprobe_tl.probe_file import load_probe
 
     weights = load_probe(probe)
-    if out is not None and out.suffix.lower() != ".json":
-        raise InputError(f"--json is {str(out)!r}; expected a name ending in .json.")
-    if out is not None:
-        check_folder_of(out, "--json")
+    for option, path, suffix in (("--json", out, ".json"), ("--report", page, ".html")):
+        if path is not None and path.suffix.lower() != suffix:
+            raise InputError(f"{option} is {str(path)!r}; expected a name ending in {suffix}.")
+        if path is not None:
+            check_folder_of(path, option)
     if tokens and out is None:
         raise InputError("--tokens is of the record; name its file with --json, too.")
     files = _shifted_files(shift or [])
@@ -95,14 +99,29 @@ def evaluate(
         "max_tokens_per_batch": max_tokens_per_batch,
     }
     report = evaluate_probe(
-        weights, *given, train=taught, controls=names, groups=groups, n_draws=draws, keep_tokens=tokens, **settings
+        weights,
+        *given,
+        train=taught,
+        controls=names,
+        groups=groups,
+        n_draws=draws,
+        keep_tokens=tokens or page is not None,
+        **settings,
     )
     if shifted:
         report = report.with_shift(evaluate_shift(weights, given, shifted, **settings))
     print(report.table())
+    written = []
     if out is not None:
-        report.save(out)
-        print(f"\n{out}: the whole record")
+        (report if tokens else report.without_texts()).save(out)
+        written.append(f"{out}: the whole record")
+    if page is not None:
+        from lmprobe_tl.report_page import save_report
+
+        save_report(report, page, probe=weights)
+        written.append(f"{page}: the report")
+    if written:
+        print("\n" + "\n".join(written))
 
 
 def _shifted_files(options: Sequence[str]) -> dict[str, Path]:

@@ -67,7 +67,7 @@ def sweep(
         check_store_folder(store, "--store")
     prompts, labels = read_labelled(data, text_column, label_column)
     if plot is not None:
-        from lmprobe_tl.plots import pyplot
+        from lmprobe_tl.plots.sweep import pyplot
 
         pyplot().switch_backend("agg")  # raises where it is missing, before the model is loaded
     if table is not None:

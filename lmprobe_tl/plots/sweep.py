@@ -1,4 +1,4 @@
-"""Pictures, drawn with matplotlib, which is imported when the first is asked for."""
+"""AUROC by layer of a sweep."""
 
 from __future__ import annotations
 
