@@ -35,7 +35,7 @@ from lmprobe_tl.errors import (
     PoolingMismatchWarning,
     PromptTooLongError,
 )
-from lmprobe_tl.hook_points import forward_once
+from lmprobe_tl.hook_points import forward_once, load_model
 from lmprobe_tl.probe_spec import MetricRecord, ThresholdRecord
 from lmprobe_tl.scoring import live_unit, prompt_rows, score_batches
 from lmprobe_tl.weights import ProbeWeights
