@@ -1085,6 +1085,7 @@ def on_a_terminal(
     its end. Returns exit code and output."""
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background would pass on that it is ignored
         os.execve(sys.executable, [sys.executable, "-c", STARTS, *arguments], environment() | settings)
     output, end = b"", time.monotonic() + seconds
     try:
