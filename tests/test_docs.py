@@ -55,7 +55,7 @@ def test_readme_commands_run(
     records = [{"text": f"# note {i}\n" if i % 2 else f"x = {i}\n", "label": i % 2} for i in range(20)]
     Path("labelled.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         monkeypatch.setattr(sys, "argv", shlex.split(command))
         with warnings.catch_warnings(), pytest.raises(SystemExit) as stopped:
