@@ -1,8 +1,7 @@
-"""Tensors of a probe: own float32 copies that are checked, and products that no setting of the caller narrows."""
+"""Tensors of a probe: own float32 copies that are checked."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,10 +28,3 @@ def own_copy(values: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
         first = (~copy.isfinite()).nonzero()[0].tolist()
         raise InputError(f"{what} is {copy[tuple(first)].item()} at {first}; expected numbers that are finite in float32.")
     return copy
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    # inside torch.autocast the product would silently be computed in bfloat16
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -18,6 +18,7 @@ from lmprobe_tl.errors import IncompatibleProbeError, InputError
 from lmprobe_tl.heads import Head, LinearHead, ReadoutHead, SequenceHead, polynomial_orders
 from lmprobe_tl.masks import real_tokens
 from lmprobe_tl.pooling import parse_pooling_strategy
+from lmprobe_tl.precision import wide_dtype, without_autocast
 from lmprobe_tl.probe_spec import (
     HIGHEST_LOGIT,
     LOWEST_LOGIT,
@@ -30,7 +31,7 @@ from lmprobe_tl.probe_spec import (
     without_threshold_metrics,
 )
 from lmprobe_tl.types import AttentionMask
-from lmprobe_tl.weight_tensors import as_tensor, own_copy, without_autocast
+from lmprobe_tl.weight_tensors import as_tensor, own_copy
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -95,8 +96,9 @@ class ProbeWeights:
     ) -> ProbeWeights:
         """A probe from a direction of your own.
 
-        direction: [n_hook_points*d_model], or [n_outputs, n_hook_points*d_model]; intercept: one number, or [n_outputs].
-        spec_fields: any other field of `ProbeSpec`, such as `residual_basis` or `description`; d_model is worked out.
+        direction: [n_hook_points*d_model], or [n_readings, n_hook_points*d_model]; intercept: one number, or [n_readings].
+        spec_fields: any other field of `ProbeSpec`, such as `residual_basis` or `description`; d_model is worked out. A kind
+        with a readout is made by `ProbeWeights(...)` itself.
 
             ProbeWeights.from_direction(positive_mean - negative_mean, name="deceit", hook_points="blocks.6.hook_resid_post")
         """
@@ -107,7 +109,7 @@ class ProbeWeights:
             raise InputError(f"direction has {rows.shape[-1]} columns; expected a multiple of its {len(hooks)} hook points.")
         spec = ProbeSpec(name=name, hook_points=hooks, d_model=d_model, labels=tuple(labels), **spec_fields)
         offsets = as_tensor(intercept)
-        return cls(rows, offsets.expand(spec.n_outputs) if offsets.ndim == 0 else offsets, spec)
+        return cls(rows, offsets.expand(spec.n_readings) if offsets.ndim == 0 else offsets, spec)
 
     @property
     def name(self) -> str:
@@ -163,7 +165,7 @@ class ProbeWeights:
 
     def readings(self, activations: Tensor) -> Tensor:
         """What the probe reads off each token, [..., n_readings] float32; activations as in `logits`."""
-        self._check_activations(activations)
+        self.check_activations(activations)
         direction, intercept = self._weights_on(activations.device)
         with without_autocast(activations.device):
             return torch.nn.functional.linear(activations.float(), direction, intercept)
@@ -196,8 +198,15 @@ class ProbeWeights:
                 f"pooling.reduce_scores, or score whole prompts with score_prompts."
             )
         readings = self.readings(activations)
+        if readings.ndim != 3:
+            width = self.direction.shape[1]
+            raise InputError(
+                f"Probe {self.name!r}: activations have shape {list(activations.shape)}; expected [batch pos {width}]. For "
+                "one sequence give activations[None]."
+            )
         counted = rearrange(real_tokens(attention_mask, readings), "batch pos -> batch pos 1")
-        return self.head.batch(torch.where(counted, readings.double(), 0.0), counted).float()[:, 0]
+        wide = readings.to(wide_dtype(readings.device))
+        return self.head.batch(torch.where(counted, wide, 0.0), counted).float()[:, 0]
 
     def direction_at(self, hook_name: str) -> Tensor:
         """The block of the direction [n_readings, d_model] that reads this hook point."""
@@ -302,7 +311,8 @@ class ProbeWeights:
                 self._moved[device] = (self.direction.to(device), self.intercept.to(device))
         return self._moved[device]
 
-    def _check_activations(self, activations: Tensor) -> None:
+    def check_activations(self, activations: Tensor) -> None:
+        """InputError for what is no tensor of floats, IncompatibleProbeError for one of another width."""
         if not isinstance(activations, Tensor) or not activations.is_floating_point():
             kind = activations.dtype if isinstance(activations, Tensor) else type(activations).__name__
             raise InputError(f"Probe {self.name!r}: activations are {kind}; expected a tensor of a float dtype.")

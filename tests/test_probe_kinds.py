@@ -166,6 +166,16 @@ def test_a_pooling_that_does_not_go_with_the_classifier_is_named(llama: Tiny, op
         Probe(llama.bridge, 2, **options)
 
 
+@pytest.mark.parametrize(("fitted", "later"), [("logistic_regression", "attention"), ("attention", "logistic_regression")])
+def test_a_classifier_set_after_fit_reads_nothing_that_another_learnt(llama: Tiny, fitted: str, later: str) -> None:
+    probe = quick_probe(llama, "attention") if fitted == "attention" else Probe(llama.bridge, 2)
+    probe.fit(PROMPTS, LABELS).set_params(classifier=later)
+    for use in (lambda: probe.predict(NEW), lambda: probe.weights_):
+        with pytest.raises(InputError, match=f"classifier is now {later}, .* call fit again"):
+            use()
+    assert len(probe.fit(PROMPTS, LABELS).predict(NEW)) == len(NEW)
+
+
 def test_labels_must_suit_the_kind(llama: Tiny) -> None:
     with pytest.raises(InputError, match="token labels need 'all'"):
         Probe(llama.bridge, 2, classifier="attention").fit(["cats", "dogs"], [[1], [0]])

@@ -284,6 +284,9 @@ def test_wrong_updates_and_names_are_refused() -> None:
     for name, parameter in [("max", 2), ("ema_max", None), ("ema_max", True), ("rolling_max", 2.0), ("softmax", "1")]:
         with pytest.raises(InputError, match=f"Reduction '{name}'"):
             make_online(name, parameter, 1, 1)  # type: ignore[arg-type]
+    for window in (2**18 + 1, 2**62, 10**30):  # before memory for it is asked for
+        with pytest.raises(InputError, match="expected a whole number of tokens, from 1 to 262144"):
+            make_online("rolling_max", window, 1, 1)
 
 
 @pytest.mark.parametrize("scores", [torch.zeros(3), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, dtype=torch.int64), [[0.5]]])
