@@ -141,7 +141,8 @@ class ProbeWeights:
 
     def __repr__(self) -> str:
         limit = "none" if self.threshold is None else f"{self.threshold.unit} >= {self.threshold.value:g}"
-        return f"ProbeWeights({self.name!r}, hook_points={self.hook_points}, labels={self.labels}, threshold={limit})"
+        kind = "" if self.spec.kind == "linear" else f", kind={self.spec.kind!r}"
+        return f"ProbeWeights({self.name!r}{kind}, hook_points={self.hook_points}, labels={self.labels}, threshold={limit})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         tensors = (self.direction, self.intercept, self.spec, self.readout, self.readout_intercept)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Tiny
+from live_reference import make_head_probe, make_probe
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from live_reference import make_head_probe, make_probe
 from sweep_data import NOISE, in_another_order, noise, with_a_word
 
 from lmprobe_tl import Probe, ProbeReport, ShiftReport, evaluate_probe, evaluate_shift, load_probe
