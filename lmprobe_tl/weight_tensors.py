@@ -1,4 +1,4 @@
-"""Tensors of a probe: own float32 copies that are checked."""
+"""Tensors of a probe: which there are, and own float32 copies that are checked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmprobe_tl.checked_record import shown
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.probe_spec import ProbeSpec
 
 
 def as_tensor(values: Any) -> Tensor:
@@ -28,3 +29,14 @@ def own_copy(values: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
         first = (~copy.isfinite()).nonzero()[0].tolist()
         raise InputError(f"{what} is {copy[tuple(first)].item()} at {first}; expected numbers that are finite in float32.")
     return copy
+
+
+def tensor_shapes(spec: ProbeSpec) -> dict[str, tuple[int, ...]]:
+    """The tensors that a probe of this spec has, with their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "direction": (spec.n_readings, len(spec.hook_points) * spec.d_model),
+        "intercept": (spec.n_readings,),
+    }
+    if spec.has_readout:
+        shapes |= {"readout": (spec.n_outputs, spec.n_readings), "readout_intercept": (spec.n_outputs,)}
+    return shapes

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lmprobe_tl.checked_record import shown
+from lmprobe_tl.direction_blocks import centred_direction, check_zero_sums
 from lmprobe_tl.errors import IncompatibleProbeError, InputError
 from lmprobe_tl.heads import Head, LinearHead, ReadoutHead, SequenceHead, polynomial_orders
 from lmprobe_tl.masks import real_tokens
@@ -31,14 +32,12 @@ from lmprobe_tl.probe_spec import (
     without_threshold_metrics,
 )
 from lmprobe_tl.types import AttentionMask
-from lmprobe_tl.weight_tensors import as_tensor, own_copy
+from lmprobe_tl.weight_tensors import as_tensor, own_copy, tensor_shapes
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from lmprobe_tl.calibration import Calibration
-
-SUM_TOLERANCE = 1e-4  # of a block's L1 norm: far above float32 rounding, far below any direction that was never centred
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,7 +80,7 @@ class ProbeWeights:
                 )
             object.__setattr__(self, what, tensor)
         if self.spec.residual_basis == "any":
-            _check_zero_sums(self)
+            check_zero_sums(self.direction, self.d_model, self.name, self.hook_points)
 
     @classmethod
     def from_direction(
@@ -225,9 +224,7 @@ class ProbeWeights:
         """
         if self.spec.residual_basis != "centered":
             return self
-        blocks = self._blocks()
-        centred = blocks - blocks.mean(dim=-1, keepdim=True)
-        direction = rearrange(centred, "n_readings hook d_model -> n_readings (hook d_model)")
+        direction = centred_direction(self.direction, self.d_model)
         return replace(self, direction=direction, spec=replace(self.spec, residual_basis="any"))
 
     def with_threshold(
@@ -298,12 +295,6 @@ class ProbeWeights:
 
         return save_probe(self, path, overwrite=overwrite)
 
-    def _blocks(self) -> Tensor:
-        """The direction by hook point, [n_readings, hook, d_model]; float64, whose sums do not round."""
-        return rearrange(
-            self.direction.double(), "n_readings (hook d_model) -> n_readings hook d_model", d_model=self.d_model
-        )
-
     def _weights_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device == self.direction.device:
             return self.direction, self.intercept
@@ -326,27 +317,3 @@ class ProbeWeights:
             raise IncompatibleProbeError(
                 f"Probe {self.name!r}: activations have shape {list(activations.shape)}; expected [..., {width}] ({what})."
             )
-
-
-def _check_zero_sums(weights: ProbeWeights) -> None:
-    blocks = weights._blocks()
-    sums, sizes = blocks.sum(dim=-1), blocks.abs().sum(dim=-1)
-    too_far = sums.abs() > SUM_TOLERANCE * sizes
-    if too_far.any():
-        output, hook = too_far.nonzero()[0].tolist()
-        raise InputError(
-            f"Probe {weights.name!r} says residual_basis 'any', but its direction at {weights.hook_points[hook]} sums to "
-            f"{sums[output, hook].item():g} (absolute values: {sizes[output, hook].item():g}); expected 0. "
-            "Subtract the mean of the block before fitting the intercept, or say residual_basis='raw'."
-        )
-
-
-def tensor_shapes(spec: ProbeSpec) -> dict[str, tuple[int, ...]]:
-    """The tensors that a probe of this spec has, with their shapes."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "direction": (spec.n_readings, len(spec.hook_points) * spec.d_model),
-        "intercept": (spec.n_readings,),
-    }
-    if spec.has_readout:
-        shapes |= {"readout": (spec.n_outputs, spec.n_readings), "readout_intercept": (spec.n_outputs,)}
-    return shapes
