@@ -147,7 +147,11 @@ _WINDOW = ReductionParameter(
     lambda x: isinstance(x, Integral) and 1 <= x <= MAX_WINDOW,
     (1, 3, 100),
 )
-_TEMPERATURE = ReductionParameter("temperature", "a finite number above 0", lambda x: 0 < x < float("inf"), (0.01, 1, 5))
+# at the least, logits of float32 over the temperature are far from infinite
+_TEMPERATURE = ReductionParameter(
+    "temperature", "a finite number, 1e-09 or more", lambda x: 1e-9 <= x < float("inf"), (0.01, 1, 5)
+)
+
 
 REDUCTIONS: dict[str, Reduction] = {
     "last_token": Reduction(_batch_last, twins.start_zero, twins.step_last, selects=True),

@@ -93,7 +93,9 @@ def test_thresholds_are_calibrated_for_every_kind(llama: Tiny) -> None:
             warnings.simplefilter("ignore", CalibrationWarning)  # some of these short texts are the same to some probes
             probe.calibrate([text for text in negatives if text not in PROMPTS], fpr=0.1, delta=0.1)
         threshold = probe.weights_.threshold
-        assert threshold is not None and threshold.statistic is not None
+        assert threshold is not None
+        own = {"attention": "the attention logit", "rolling_attention": "the rolling attention logit", "mlp": "mean"}
+        assert name not in own or threshold.statistic == f"running maximum of {own[name]}"
         maxima = sequence_maxima(llama.bridge, negatives, probe.weights_)
         assert (maxima.double().numpy() >= threshold.value).mean() <= 0.1
 

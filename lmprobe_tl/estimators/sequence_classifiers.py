@@ -13,7 +13,7 @@ from lmprobe_tl.estimators.ragged import Segments, attention, maximum, rolling_a
 from lmprobe_tl.estimators.sequence_classifier import Design, SequenceClassifier
 from lmprobe_tl.estimators.torch_classifier import check_positive, check_whole
 from lmprobe_tl.probe_spec import MAX_READINGS
-from lmprobe_tl.reductions import MAX_WINDOW
+from lmprobe_tl.reductions import MAX_WINDOW, check_parameter
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -84,7 +84,7 @@ class SoftmaxClassifier(SequenceClassifier):
     temperature: float = 5.0
 
     def _own_limits(self) -> None:
-        check_positive("temperature", self.temperature)
+        check_parameter("softmax", self.temperature)
 
     def _design(self) -> Design:
         return Design(own_pooling=f"score:softmax({_plain(self.temperature)})")

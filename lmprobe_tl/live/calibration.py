@@ -238,5 +238,6 @@ def score_settings(weights: ProbeWeights) -> dict[str, Any]:
 
 def statistic_of(weights: ProbeWeights) -> str:
     """The number that a threshold is set on, in words."""
-    pooling = weights.spec.pooling
-    return f"running maximum of {pooling.inference}" + (", BOS included" if pooling.include_bos else "")
+    spec, pooling = weights.spec, weights.spec.pooling
+    what = f"the {spec.kind.replace('_', ' ')} logit" if spec.reduces_tokens else pooling.inference
+    return f"running maximum of {what}" + (", BOS included" if pooling.include_bos else "")
