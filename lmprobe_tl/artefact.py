@@ -24,8 +24,8 @@ from lmprobe_tl.weights import ProbeWeights
 def artefact_of(probe: Any) -> ProbeWeights:
     """The weights of a fitted probe, without a threshold.
 
-    InputError for a pooling that a file cannot name, NonlinearClassifierError where no linear rule says what the classifier
-    says.
+    InputError for a pooling that a file cannot name, NonlinearClassifierError for a classifier that is of no kind of
+    probe, and whose decisions no linear rule gives.
     """
     check_is_fitted(probe, "classifier_")
     check_reads_as_fitted(probe)

@@ -306,8 +306,8 @@ class Probe(ClassifierMixin, BaseEstimator):
 
     @property
     def weights_(self) -> ProbeWeights:
-        """The frozen artefact to save, share and attach. NonlinearClassifierError where no linear rule says what the
-        classifier says."""
+        """The frozen artefact to save, share and attach. NonlinearClassifierError for a classifier that is of no kind of
+        probe, and whose decisions no linear rule gives."""
         return self.to_weights()
 
     def to_weights(self) -> ProbeWeights:
