@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from sklearn.utils.validation import check_is_fitted
 
+from lmprobe_tl.direction_blocks import centred_direction
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.fitted_head import FittedHead, fitted_head
 from lmprobe_tl.estimators.linear_rule import linear_rule
 from lmprobe_tl.estimators.torch_classifier import TorchClassifier
 from lmprobe_tl.hook_points import layer_count, model_record, normalization, width
 from lmprobe_tl.pooling import PoolingStrategy
+from lmprobe_tl.probe_poolings import check_reads_as_fitted
 from lmprobe_tl.probe_spec import HeadRecord, PoolingRecord, ProbeSpec
 from lmprobe_tl.provenance import package_versions
 from lmprobe_tl.tokens import tokenizer_record
@@ -22,10 +24,11 @@ from lmprobe_tl.weights import ProbeWeights
 def artefact_of(probe: Any) -> ProbeWeights:
     """The weights of a fitted probe, without a threshold.
 
-    InputError for a pooling that a file cannot name, NonlinearClassifierError where no linear rule says what the classifier
-    says.
+    InputError for a pooling that a file cannot name, NonlinearClassifierError for a classifier that is of no kind of
+    probe, and whose decisions no linear rule gives.
     """
     check_is_fitted(probe, "classifier_")
+    check_reads_as_fitted(probe)
     train, inference = probe.poolings()
     for side in (train, inference):
         if callable(side):
@@ -42,9 +45,7 @@ def artefact_of(probe: Any) -> ProbeWeights:
     head = _head_of(probe)
     direction = torch.from_numpy(head.direction)
     if norm == "layernorm":
-        # w.(x - mean(x)) = (w - mean(w)).x, a hook point and a reading at a time
-        blocks = direction.reshape(direction.shape[0], len(probe.hook_names_), d_model)
-        direction = (blocks - blocks.mean(dim=-1, keepdim=True)).reshape(direction.shape)
+        direction = centred_direction(direction, d_model)
     spec = ProbeSpec(
         name=probe.name,
         hook_points=tuple(probe.hook_names_),

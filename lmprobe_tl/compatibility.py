@@ -6,11 +6,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lmprobe_tl.direction_blocks import blocks_with_a_sum
 from lmprobe_tl.errors import IncompatibleProbeError, ModelMismatchWarning
 from lmprobe_tl.hook_points import layer_count, model_record, unknown_hook_point, width
 from lmprobe_tl.probe_spec import ModelRecord, ProbeSpec
 from lmprobe_tl.tokens import tokenizer_record
-from lmprobe_tl.weights import SUM_TOLERANCE, ProbeWeights
+from lmprobe_tl.weights import ProbeWeights
 
 
 def check_compatible(model: Any, probes: Sequence[ProbeWeights], *, strict: bool = False) -> None:
@@ -67,5 +68,4 @@ def needs_raw_basis(probe: ProbeWeights, hook_name: str) -> bool:
     """Whether the probe reads this hook point in the raw basis alone; where its direction sums to zero, any will do."""
     if hook_name not in probe.hook_points or probe.spec.residual_basis != "raw":
         return False
-    direction = probe.direction_at(hook_name).double()
-    return bool((direction.sum(dim=-1).abs() > SUM_TOLERANCE * direction.abs().sum(dim=-1)).any())
+    return bool(blocks_with_a_sum(probe.direction_at(hook_name), probe.d_model).any())

@@ -7,12 +7,14 @@ arXiv:2509.26238). Clear cases leave a cascade after a low order; only ambiguous
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.heads import polynomial_orders
+from lmprobe_tl.precision import saturated, wide_dtype, without_autocast
 from lmprobe_tl.probe_spec import HeadRecord
 from lmprobe_tl.weights import ProbeWeights
 
@@ -58,10 +60,11 @@ def early_exit_logits(weights: ProbeWeights, activations: Tensor, margin: float)
     InputError for another kind of probe or a margin that is not a positive number.
     """
     full = _degree(weights)
-    if not isinstance(margin, (int, float)) or not margin > 0:
+    if not isinstance(margin, Real) or isinstance(margin, bool) or not margin > 0:
         raise InputError(f"margin is {margin!r}; expected a number of logits above 0, such as 2.0.")
+    weights.check_activations(activations)
     flat = activations.reshape(-1, activations.shape[-1])
-    logits = torch.empty(len(flat), device=flat.device)
+    logits = torch.empty(len(flat), dtype=wide_dtype(flat.device), device=flat.device)
     degrees = torch.zeros(len(flat), dtype=torch.int64, device=flat.device)
     unsure = torch.arange(len(flat), device=flat.device)
     for degree in range(1, full + 1):
@@ -70,18 +73,22 @@ def early_exit_logits(weights: ProbeWeights, activations: Tensor, margin: float)
         unsure = unsure[found.abs() < margin]
         if not len(unsure):
             break
-    return EarlyExit(logits.reshape(activations.shape[:-1]), degrees.reshape(activations.shape[:-1]))
+    found = saturated(logits, torch.float32)
+    return EarlyExit(found.reshape(activations.shape[:-1]), degrees.reshape(activations.shape[:-1]))
 
 
 def _up_to(weights: ProbeWeights, activations: Tensor, degree: int, lower: Tensor) -> Tensor:
     """Logits [n] up to a degree, from those [n] of the degree below: only the terms of this one are computed."""
+    dtype, device = lower.dtype, activations.device
     if degree == 1:
-        return truncate(weights, 1).logits(activations)
+        return truncate(weights, 1).logits(activations).to(dtype)
     assert weights.readout is not None
     own = polynomial_orders(_degree(weights), weights.spec.head.rank or 1) == degree
-    direction, intercept = weights.direction[own].to(activations.device), weights.intercept[own].to(activations.device)
-    terms = torch.nn.functional.linear(activations.float(), direction, intercept).double() ** degree
-    return (lower.double() + terms @ weights.readout[0, own].double().to(terms.device)).float()
+    direction, intercept = weights.direction[own].to(device), weights.intercept[own].to(device)
+    readout = weights.readout[0, own].to(device).to(dtype)
+    with without_autocast(device):
+        readings = torch.nn.functional.linear(activations.float(), direction, intercept)
+        return lower + readings.to(dtype) ** degree @ readout
 
 
 def _degree(weights: ProbeWeights) -> int:

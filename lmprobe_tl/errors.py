@@ -6,7 +6,7 @@ LmprobeError
 |   |- EmptyMaskError                      rows without a token that counts
 |   |- PromptTooLongError                  prompts beyond the model's context
 |   `- UnknownHookPointError (KeyError)    a hook point that the model does not have
-|- NonlinearClassifierError (TypeError)    a classifier that no linear rule reproduces: it cannot be saved or run live
+|- NonlinearClassifierError (TypeError)    a classifier of no kind of probe, with no linear rule: it cannot be saved
 |- ProbeFileError (ValueError)             a probe file that cannot be read or written
 |- StoreError (ValueError)                 an activation store that is damaged, incomplete, or of other data
 |- IncompatibleProbeError (ValueError)     a probe that cannot score this model
@@ -58,7 +58,7 @@ class UnknownHookPointError(InputError, KeyError):
 
 
 class NonlinearClassifierError(LmprobeError, TypeError):
-    """A classifier whose decision is no linear function of the activations."""
+    """A classifier that is of no kind of probe, and whose decision is no linear function of the activations."""
 
 
 class ProbeFileError(LmprobeError, ValueError):

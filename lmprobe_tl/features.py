@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,25 +12,6 @@ from lmprobe_tl.errors import InputError
 from lmprobe_tl.pooling import PoolingStrategy
 
 _SAMPLE = 2048
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingExamples:
-    """What a probe learns from. features: [n_examples n_features]; labels: [n_examples]; groups: [n_examples], the prompt of
-    each token, None where each example is a prompt; weight: [n_examples] or None; digests: of each prompt's token ids.
-
-    offsets: [n_prompts+1] for a sequence classifier, whose features are those of tokens, in float32, and its labels those of
-    prompts: prompt i has rows offsets[i] to offsets[i+1].
-    """
-
-    model: Any
-    hook_names: tuple[str, ...]
-    features: NDArray[Any]
-    labels: NDArray[Any]
-    groups: NDArray[np.int64] | None
-    weight: NDArray[np.float64] | None
-    digests: list[bytes]
-    offsets: NDArray[np.int64] | None = None
 
 
 def evenly_spread(n_examples: int) -> NDArray[np.int64]:

@@ -28,7 +28,8 @@ from einops import rearrange
 from torch import Tensor
 
 from lmprobe_tl import softmax_twins, twins
-from lmprobe_tl.online import Items, wide_dtype
+from lmprobe_tl.online import Items
+from lmprobe_tl.precision import saturated, wide_dtype, without_autocast
 
 HeadKind: TypeAlias = Literal["linear", "mlp", "polynomial", "attention", "multimax", "rolling_attention"]
 SEQUENCE_KINDS: tuple[HeadKind, ...] = ("attention", "multimax", "rolling_attention")
@@ -66,11 +67,14 @@ class ReadoutHead:
         return self.readout.shape[1]
 
     def token_logits(self, readings: Tensor) -> Tensor:
-        """readings [... n_readings] -> logits [... n_outputs], in the dtype of the readings."""
+        """readings [... n_readings] -> logits [... n_outputs], in the dtype of the readings and no larger than it can hold;
+        NaN where a reading is not finite."""
         readout, intercept, orders = self._on(readings.device)
-        terms = readings.relu() if orders is None else readings.pow(orders)
-        # wide: powers grow, and autocast narrows float32 products to bfloat16
-        return torch.nn.functional.linear(terms.to(readout.dtype), readout, intercept).to(readings.dtype)
+        wide = readings.to(readout.dtype)  # powers grow
+        terms = wide.relu() if orders is None else wide.pow(orders)
+        terms = torch.where(wide.isfinite(), terms, torch.nan)  # relu would make 0 of -inf
+        with without_autocast(readings.device):
+            return saturated(torch.nn.functional.linear(terms, readout, intercept), readings.dtype)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         if device not in self._moved:
@@ -106,8 +110,11 @@ class SequenceHead:
         return self.n_parts * self.n_heads
 
     def token_logits(self, readings: Tensor) -> Tensor:
-        """readings [... n] -> [... n_probes]: the logit of each token alone."""
-        return self._summed(self._parts(readings)[-1])
+        """readings [... n] -> [... n_probes]: the logit of each token alone, NaN where one of its queries is not finite."""
+        *queries, values = self._parts(readings)
+        for query in queries:
+            values = torch.where(query.isfinite(), values, torch.nan)
+        return self._summed(values)
 
     def batch(self, readings: Tensor, counted: Tensor) -> Tensor:
         """The logit of each row [batch n_probes] from all its tokens: readings [batch pos n], 0 where not counted; counted

@@ -24,7 +24,8 @@ from lmprobe_tl.labels import are_token_labels, check_labels, check_token_labels
 from lmprobe_tl.monitor import Monitor
 from lmprobe_tl.pooling import PoolingStrategy
 from lmprobe_tl.probe import Probe
-from lmprobe_tl.probe_spec import HIGHEST_LOGIT, LOWEST_LOGIT, Label, TrainingRecord
+from lmprobe_tl.probe_poolings import probe_poolings
+from lmprobe_tl.probe_spec import HIGHEST_LOGIT, LOWEST_LOGIT, Label, ProbeSpec, TrainingRecord
 from lmprobe_tl.scored import Scored
 from lmprobe_tl.scoring import prompt_rows, score_batches
 from lmprobe_tl.tokens import Prompt, bos_id, check_prompts, counted_lengths, tokenize_prompts
@@ -167,20 +168,37 @@ class WeighedProbe(JudgedProbe):
 
 
 def _recipe_of(weights: ProbeWeights) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """Classifier, poolings and notes of the recipe that a file tells of, or of logistic regression where it does not."""
-    training, pooling = weights.spec.training, weights.spec.pooling
-    classifier = None if training is None else training.classifier
-    if classifier not in CLASSIFIERS and weights.spec.reduces_tokens:
-        classifier = weights.spec.kind  # the kinds are called as the classifiers that learn them
-    if classifier in CLASSIFIERS:
-        own = own_pooling(classifier)
-        if own is None:
-            return classifier, {"train_pooling": pooling.train, "inference_pooling": pooling.inference}, ()
-        return classifier, {"inference_pooling": None if pooling.inference == own else pooling.inference}, ()
-    of = "no classifier" if training is None else f"the classifier {training.classifier}"
-    notes = (f"the probe file names {of}, so controls are fitted with logistic_regression",)
-    train = "mean" if pooling.train.startswith("score:") else pooling.train
-    return "logistic_regression", {"train_pooling": train, "inference_pooling": pooling.inference}, notes
+    """Classifier, poolings and notes of the recipe that a file tells of; where it does not, of the classifier that learns
+    its kind of probe, or of logistic regression."""
+    training, kind = weights.spec.training, weights.spec.kind
+    named = None if training is None else training.classifier
+    of = "no classifier" if named is None else f"the classifier {named}"
+    if named in CLASSIFIERS:
+        poolings = _poolings_for(named, weights.spec)
+        if _go_with(named, poolings):
+            return named, poolings, ()
+        of += ", which does not go with its poolings"
+    # the kinds are called as the classifiers that learn them
+    classifier = kind if kind in CLASSIFIERS else "logistic_regression"
+    notes = (f"the probe file names {of}, so controls are fitted with {classifier}",)
+    return classifier, _poolings_for(classifier, weights.spec), notes
+
+
+def _poolings_for(classifier: str, spec: ProbeSpec) -> dict[str, Any]:
+    """Poolings with which a `Probe` of this classifier scores as the spec says."""
+    train, inference, own = spec.pooling.train, spec.pooling.inference, own_pooling(classifier)
+    if own is not None:
+        return {"inference_pooling": None if inference == own else inference}
+    # of vectors, the mean is the like of a score that is trained through
+    return {"train_pooling": "mean" if train.startswith("score:") else train, "inference_pooling": inference}
+
+
+def _go_with(classifier: str, poolings: dict[str, Any]) -> bool:
+    try:
+        probe_poolings(classifier, None, poolings.get("train_pooling"), poolings["inference_pooling"])
+    except InputError:
+        return False
+    return True
 
 
 def judged_probe(probe: Any, model: Any = None, **settings: Any) -> JudgedProbe:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.precision import wide_dtype
 
 Items = tuple[Tensor, ...]
 
@@ -150,12 +151,3 @@ class OnlineReduction:
                 f"counted must be bool [batch new] = {list(shape[:2])}, "
                 f"got {counted.dtype} with shape {list(counted.shape)}."
             )
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64, in which reductions are computed, or float32 on MPS, which has no float64.
-
-    A float32 sum grown token by token is wrong in the fourth digit after 100,000 tokens, and a float32 moving average
-    settles beside its level, by up to 6e-8 / alpha of it. Scores are few: the width costs nothing.
-    """
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -17,41 +17,23 @@ from lmprobe_tl.artefact import artefact_of, pooling_name
 from lmprobe_tl.calibration import Calibration
 from lmprobe_tl.errors import InputError, PoolingMismatchWarning
 from lmprobe_tl.estimators import make_classifier, own_pooling
-from lmprobe_tl.estimators.contrast import check_contrast, check_paired
-from lmprobe_tl.estimators.fitting import fit_classifier
-from lmprobe_tl.estimators.layer_stack import with_n_blocks
+from lmprobe_tl.estimators.contrast import check_contrast
 from lmprobe_tl.estimators.pairs import last_step
-from lmprobe_tl.estimators.streaming import can_stream, fit_blocks, fit_features
-from lmprobe_tl.estimators.token_sequences import TokenSequences
 from lmprobe_tl.evaluation import Evaluation, evaluate_scores
-from lmprobe_tl.extraction import extract_rows
-from lmprobe_tl.features import TrainingExamples, are_constant, constant_error, evenly_spread
-from lmprobe_tl.hook_points import (
-    HookPoints,
-    load_model,
-    normalization,
-    resolve_hook_points,
-)
-from lmprobe_tl.inference import TokenOutputs, prompt_outputs, token_outputs
-from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
-from lmprobe_tl.live.calibration import CalibrationGoal, check_unseen, measure_calibration, score_settings
-from lmprobe_tl.pooling import PoolingStrategy, parse_pooling_strategy
+from lmprobe_tl.hook_points import HookPoints
+from lmprobe_tl.inference import TokenOutputs
+from lmprobe_tl.labels import check_classes
+from lmprobe_tl.learnt import Learnt, learnt_from_examples, learnt_from_store, training_record
+from lmprobe_tl.live.calibration import CalibrationGoal, calibration_tokens, measure_calibration, score_settings
+from lmprobe_tl.pooling import PoolingStrategy
+from lmprobe_tl.probe_outputs import Outputs, judged_by, outputs_of
 from lmprobe_tl.probe_poolings import probe_poolings
 from lmprobe_tl.probe_report import ProbeReport
-from lmprobe_tl.probe_spec import TrainingRecord
-from lmprobe_tl.provenance import classifier_name, data_hash
+from lmprobe_tl.probe_settings import batch_settings
+from lmprobe_tl.provenance import classifier_name
 from lmprobe_tl.scored import Scored
-from lmprobe_tl.store_examples import StoreExamples, check_store_is_of
-from lmprobe_tl.tokens import (
-    Prompt,
-    Truncation,
-    bos_id,
-    check_prompts,
-    check_rows_count,
-    counted_lengths,
-    row_digest,
-    tokenize_prompts,
-)
+from lmprobe_tl.tokens import Prompt, Truncation, check_prompts
+from lmprobe_tl.training_examples import TrainingExamples, training_examples
 from lmprobe_tl.weights import ProbeWeights
 
 
@@ -177,57 +159,11 @@ class Probe(ClassifierMixin, BaseEstimator):
 
     def training_examples(self, prompts: Sequence[Prompt], labels: Any) -> TrainingExamples:
         """What `fit` learns from: features and labels of each prompt, or with train_pooling 'all' of each token."""
-        train, _ = self.poolings()
-        prompts = check_prompts(prompts)
-        per_token = are_token_labels(labels)
-        if per_token and train != "all":
-            raise InputError(
-                f"labels has one sequence a prompt, but train_pooling is {pooling_name(train)!r}; token labels need 'all'."
-            )
-        if not per_token:
-            labels = check_labels(labels, len(prompts))
-            check_classes(labels)
-        reads_sequences = own_pooling(self.classifier) is not None
-        model = load_model(self.model)
-        names = resolve_hook_points(model, self.hook_points)
-        classifier = with_n_blocks(make_classifier(self.classifier, self.random_state), len(names))
-        check_paired(classifier, labels, per_token=train == "all")
-        rows = self._tokenize(model, prompts)
-        lengths = counted_lengths(rows, bos_id(model), self.include_bos)
-        digests = [row_digest(row) for row in rows]
-        if reads_sequences:
-            check_rows_count(lengths)
-            tokens = self._extract(model, rows, names, "all")
-            features, offsets = tokens.concatenated().numpy(), tokens.offsets.numpy()
-            return TrainingExamples(model, names, features, labels, None, None, digests, offsets)
-        if train == "all":
-            check_rows_count(lengths)
-            groups = np.repeat(np.arange(len(rows)), lengths)
-            y = np.concatenate(check_token_labels(labels, lengths)) if per_token else labels[groups]
-        else:
-            groups, y = None, labels
-        check_classes(y)
-        activations = self._extract(model, rows, names, train)
-        features = activations.concatenated().numpy().astype(np.float64)
-        if are_constant(features):
-            raise constant_error(train)
-        weight = None
-        if groups is not None and self.equal_prompt_weight:
-            weight = 1 / np.asarray(lengths, dtype=np.float64)[groups]
-            weight *= len(weight) / weight.sum()  # as strong together as unweighted tokens: C keeps its meaning
-        return TrainingExamples(model, names, features, y, groups, weight, digests)
+        return training_examples(self, prompts, labels)
 
     def fit_examples(self, examples: TrainingExamples) -> Probe:
         """Fit on what `training_examples` of a probe with the same parameters gave."""
-        names, digests = examples.hook_names, examples.digests
-        classifier = with_n_blocks(make_classifier(self.classifier, self.random_state), len(names))
-        features, y, groups = examples.features, examples.labels, examples.groups
-        if examples.offsets is not None:
-            sequences = TokenSequences(features, examples.offsets)
-            return self._learn_sequences(examples.model, names, classifier, sequences, y, digests)
-        fitted = fit_features(self.classifier, classifier, features, y, groups=groups, sample_weight=examples.weight)
-        sample = features[evenly_spread(len(features))]
-        return self._learn(examples.model, names, fitted, y, groups, digests, sample)
+        return self._learn(learnt_from_examples(self, examples))
 
     def fit_store(self, store: ActivationStore | str | Path, labels: Any) -> Probe:
         """Fit on the activations of a store, which may be bigger than memory. labels: as in `fit`.
@@ -238,98 +174,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         Raises StoreError for a store of another model or made with other settings, InputError for a hook point or a pooling
         that it does not have, and for labels that cannot be used.
         """
-        store = store if isinstance(store, ActivationStore) else ActivationStore(store)
-        train, _ = self.poolings()
-        if callable(train):
-            raise InputError(f"pooling {pooling_name(train)!r} is a function, and a store holds named poolings alone.")
-        model = load_model(self.model)
-        names = resolve_hook_points(model, self.hook_points)
-        # These raise before the model's weights are read.
-        reads_sequences = own_pooling(self.classifier) is not None
-        pooling = "all" if reads_sequences else train
-        store.hook_names(names)
-        store.check_pooling(pooling)
-        store.check_complete()
-        check_store_is_of(
-            store,
-            model,
-            prepend_bos=self.prepend_bos,
-            include_bos=self.include_bos,
-            max_length=self.max_length,
-            truncation=self.truncation,
-        )
-        classifier = with_n_blocks(make_classifier(self.classifier, self.random_state), len(names))
-        if reads_sequences and are_token_labels(labels):
-            raise InputError(
-                f"labels has one sequence a prompt; {classifier_name(self.classifier)} takes one label a prompt."
-            )
-        examples = StoreExamples(
-            store,
-            names,
-            pooling,
-            labels,
-            centre=normalization(model) == "layernorm",
-            equal_prompt_weight=self.equal_prompt_weight,
-        )
-        check_paired(classifier, examples.labels, per_token=train == "all")
-        digests = [bytes(row) for row in store.digests()]
-        if reads_sequences:
-            sequences = TokenSequences(examples.in_memory(np.float32)[0], np.concatenate([[0], np.cumsum(store.lengths())]))
-            of_prompts = examples.labels[sequences.offsets[:-1]]
-            return self._learn_sequences(model, names, classifier, sequences, of_prompts, digests)
-        if can_stream(self.classifier):
-            fitted = fit_blocks(self.classifier, classifier, examples.blocks, examples.classes)
-        else:
-            features, weight = examples.in_memory()
-            fitted = fit_classifier(classifier, features, examples.labels, groups=examples.groups, sample_weight=weight)
-        return self._learn(model, names, fitted, examples.labels, examples.groups, digests, examples.sample())
-
-    def _learn_sequences(
-        self,
-        model: Any,
-        names: Sequence[str],
-        classifier: Any,
-        sequences: TokenSequences,
-        labels: np.ndarray,
-        digests: list[bytes],
-    ) -> Probe:
-        """Fit a sequence classifier; equal prompts are never both learnt from and held out for early stopping."""
-        sample = np.asarray(sequences.values[evenly_spread(len(sequences.values))], dtype=np.float64)
-        if are_constant(sample):
-            raise constant_error("all")
-        classifier.fit(sequences, labels, groups=np.unique(digests, return_inverse=True)[1])
-        return self._learn(model, names, classifier, labels, None, digests, sample)
-
-    def _learn(
-        self,
-        model: Any,
-        names: Sequence[str],
-        classifier: Any,
-        y: np.ndarray,
-        groups: np.ndarray | None,
-        digests: list[bytes],
-        sample: np.ndarray,
-    ) -> Probe:
-        """Set what is learnt. y, groups: label and prompt of each example; digests: of each prompt's token ids; sample: some
-        of the features, to prove on them that a linear rule says what the classifier says."""
-        self.classifier_, self.model_, self.hook_names_, self.classes_ = classifier, model, names, check_classes(y)
-        if hasattr(self, "calibration_"):
-            del self.calibration_, self._calibrated_as  # of the classifier before
-        self._trained_on, self._sample = frozenset(digests), sample
-        self.n_features_in_ = sample.shape[1]
-        if groups is not None:
-            self.groups_ = groups
-        elif hasattr(self, "groups_"):
-            del self.groups_  # of a fit on tokens before
-        self.training_ = TrainingRecord(
-            data_sha256=data_hash(digests, y),
-            n_prompts=len(digests),
-            n_examples=len(y),
-            class_counts=tuple(int((y == one).sum()) for one in self.classes_),
-            classifier=classifier_name(self.classifier),
-            random_state=self.random_state,
-        )
-        return self
+        return self._learn(learnt_from_store(self, store, labels))
 
     def fit_contrast(self, positive: Sequence[Prompt], negative: Sequence[Prompt], *, truth: Any = None) -> Probe:
         """Fit on two lists of prompts; the classes are 0 (negative) and 1 (positive).
@@ -345,55 +190,26 @@ class Probe(ClassifierMixin, BaseEstimator):
             last_step(self.classifier_).orient(truth)
         return self
 
-    def _tokenize(self, model: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-        return tokenize_prompts(
-            model, prompts, prepend_bos=self.prepend_bos, max_length=self.max_length, truncation=self.truncation
-        )
-
-    def _extract(self, model: Any, rows: list[list[int]], names: Sequence[str], pooling: str | PoolingStrategy) -> Any:
-        strategy = (
-            pooling
-            if callable(pooling) or pooling == "all"
-            else f"activation:{parse_pooling_strategy(pooling).base_strategy}"
-        )
-        return extract_rows(
-            model,
-            rows,
-            names,
-            strategy,
-            max_tokens_per_batch=self.max_tokens_per_batch,
-            batch_size=self.batch_size,
-            include_bos=self.include_bos,
-            centre=normalization(model) == "layernorm",
-            progress=self.progress,
-        )
+    def _learn(self, learnt: Learnt) -> Probe:
+        """Become a probe that has learnt this."""
+        self.classifier_, self.model_, self.hook_names_ = learnt.classifier, learnt.model, learnt.hook_names
+        self.classes_ = check_classes(learnt.labels)
+        self._trained_on, self._sample = frozenset(learnt.digests), learnt.sample
+        self.n_features_in_ = learnt.sample.shape[1]
+        for stale in ("calibration_", "_calibrated_as", "groups_"):  # of a fit before
+            self.__dict__.pop(stale, None)
+        if learnt.groups is not None:
+            self.groups_ = learnt.groups
+        self.training_ = training_record(self, learnt)
+        return self
 
     # --- inference ---
 
-    def _outputs(
-        self, prompts: Sequence[Prompt], inference: str | PoolingStrategy | None = None
-    ) -> TokenOutputs | tuple[np.ndarray, np.ndarray]:
+    def _outputs(self, prompts: Sequence[Prompt], inference: str | PoolingStrategy | None = None) -> Outputs:
         """(logits, probabilities) of each prompt, or of each token with inference pooling 'all'; None takes the probe's
         own."""
         check_is_fitted(self, "classifier_")
-        return self._outputs_of([self.classifier_], prompts, inference)[0]
-
-    def _outputs_of(
-        self, classifiers: Sequence[Any], prompts: Sequence[Prompt], inference: str | PoolingStrategy | None
-    ) -> Sequence[TokenOutputs | tuple[np.ndarray, np.ndarray]]:
-        """What `_outputs` gives with each of several classifiers in the place of the probe's own."""
-        rows = self._tokenize(self.model_, check_prompts(prompts))
-        inference = inference or self.poolings()[1]
-        settings: dict[str, Any] = {
-            "max_tokens_per_batch": self.max_tokens_per_batch,
-            "batch_size": self.batch_size,
-            "include_bos": self.include_bos,
-            "centre": normalization(self.model_) == "layernorm",
-            "progress": self.progress,
-        }
-        if inference == "all":
-            return token_outputs(self.model_, rows, self.hook_names_, classifiers, **settings)
-        return prompt_outputs(self.model_, rows, self.hook_names_, classifiers, inference, **settings)
+        return outputs_of(self, [self.classifier_], prompts, inference)[0]
 
     def predict_proba(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """[n_prompts n_classes]; with inference pooling 'all' [n_prompts pos] of the positive class ([n_prompts pos
@@ -458,20 +274,7 @@ class Probe(ClassifierMixin, BaseEstimator):
         """What `judged` gives with each of several fitted classifiers of the same classes in the place of the probe's own;
         the model runs once."""
         check_is_fitted(self, "classifier_")
-        prompts = check_prompts(prompts)
-        token_labels = are_token_labels(labels)
-        if not token_labels:
-            labels = check_labels(labels, len(prompts))
-        classes, found = self.classes_.tolist(), []
-        for outputs in self._outputs_of(classifiers, prompts, "all" if token_labels else None):
-            if isinstance(outputs, TokenOutputs):
-                owners = np.repeat(np.arange(len(prompts)), outputs.lengths)
-                truth = np.concatenate(check_token_labels(labels, outputs.lengths)) if token_labels else labels[owners]
-                one = Scored.of(truth, outputs.logits, outputs.probabilities, owners, classes, "token")
-            else:
-                one = Scored.of(labels, *outputs, np.arange(len(prompts)), classes, "prompt")
-            found.append(one)
-        return found
+        return judged_by(self, classifiers, prompts, labels)
 
     # --- thresholds ---
 
@@ -492,26 +295,10 @@ class Probe(ClassifierMixin, BaseEstimator):
         Raises what `calibrate_probe` raises, and CalibrationError for prompts that the probe was trained on, except with
         method 'empirical': on these its scores say nothing of new text.
         """
-        weights, goal = self._weights(), CalibrationGoal(fpr, delta, method, min_recall, probability)
+        weights, goal = artefact_of(self), CalibrationGoal(fpr, delta, method, min_recall, probability)
         goal.check(weights, negative_prompts, positive_prompts)
-        tokens: list[Any] = [None, None]
-        for at, (name, prompts) in enumerate(
-            (("negative_prompts", negative_prompts), ("positive_prompts", positive_prompts))
-        ):
-            if prompts is not None:
-                rows = self._tokenize(self.model_, check_prompts(prompts))
-                if method != "empirical":
-                    check_unseen(rows, self._trained_on, name)
-                tokens[at] = [np.array(row, dtype=np.int64) for row in rows]
-        self.calibration_: Calibration = measure_calibration(
-            self.model_,
-            weights,
-            goal,
-            *tokens,
-            max_tokens_per_batch=self.max_tokens_per_batch,
-            batch_size=self.batch_size,
-            progress=self.progress,
-        )
+        tokens = calibration_tokens(self, goal, negative_prompts, positive_prompts)
+        self.calibration_: Calibration = measure_calibration(self.model_, weights, goal, *tokens, **batch_settings(self))
         self._calibrated_as: dict[str, Any] = score_settings(weights)
         return self
 
@@ -519,13 +306,13 @@ class Probe(ClassifierMixin, BaseEstimator):
 
     @property
     def weights_(self) -> ProbeWeights:
-        """The frozen artefact to save, share and attach. NonlinearClassifierError where no linear rule says what the
-        classifier says."""
+        """The frozen artefact to save, share and attach. NonlinearClassifierError for a classifier that is of no kind of
+        probe, and whose decisions no linear rule gives."""
         return self.to_weights()
 
     def to_weights(self) -> ProbeWeights:
         """See `weights_`. InputError where parameters that change the scores were set after `calibrate`."""
-        weights = self._weights()
+        weights = artefact_of(self)
         if not hasattr(self, "calibration_"):
             return weights
         if score_settings(weights) != self._calibrated_as:
@@ -534,10 +321,6 @@ class Probe(ClassifierMixin, BaseEstimator):
                 f"{score_settings(weights)}; call calibrate (or fit) again."
             )
         return weights.with_calibration(self.calibration_)
-
-    def _weights(self) -> ProbeWeights:
-        """The artefact without what `calibrate` learnt."""
-        return artefact_of(self)
 
     def save(self, path: str | Path, *, evaluation: Evaluation | ProbeReport | None = None) -> Path:
         """Write the probe file, with the metrics of an evaluation if one is given; equal to `weights_.save(path)`."""

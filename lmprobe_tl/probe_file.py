@@ -16,7 +16,8 @@ from lmprobe_tl.checked_record import shown
 from lmprobe_tl.errors import InputError, ProbeFileError
 from lmprobe_tl.files import canonical_json, write_atomically
 from lmprobe_tl.probe_spec import HeadRecord, ProbeSpec
-from lmprobe_tl.weights import ProbeWeights, tensor_shapes
+from lmprobe_tl.weight_tensors import tensor_shapes
+from lmprobe_tl.weights import ProbeWeights
 
 SUFFIX = ".safetensors"
 METADATA_KEY = "lmprobe_tl"

@@ -40,3 +40,12 @@ def probe_poolings(
             f"such as 'score:ema_max(0.1)', since {name} learns from whole token sequences."
         )
     return own, inference_pooling
+
+
+def check_reads_as_fitted(probe: Any) -> None:
+    """InputError where a fitted probe was given another classifier since, which reads other examples."""
+    if own_pooling(probe.classifier) != own_pooling(probe.classifier_):
+        raise InputError(
+            f"the classifier is now {classifier_name(probe.classifier)}, which reads the tokens of a prompt in another way "
+            f"than the fitted {type(probe.classifier_).__name__}; call fit again."
+        )

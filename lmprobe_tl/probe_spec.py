@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 from lmprobe_tl.checked_record import Record, require
 from lmprobe_tl.heads import SEQUENCE_KINDS, HeadKind
+from lmprobe_tl.reductions import MAX_WINDOW
 
 Label: TypeAlias = bool | int | str
 ThresholdUnit: TypeAlias = Literal["probability", "logit"]
@@ -250,6 +251,9 @@ class ProbeSpec(Record):
             expected = "a whole number, 1 or more" if name in sizes else f"None, since kind {self.kind!r} has none"
             require((size is not None) == (name in sizes), f"head.{name}", size, expected)
         require(self.n_readings <= MAX_READINGS, "head", self.head, f"at most {MAX_READINGS} readings a token")
+        longest = MAX_WINDOW // max(1, self.n_readings)
+        kept = f"at most {longest} tokens, since {self.n_readings} readings of each are kept for every row"
+        require(self.head.window is None or self.head.window <= longest, "head.window", self.head.window, kept)
         if self.kind not in ("linear", "mlp"):
             require(self.n_classes == 2, "labels", self.labels, f"two labels, since kind {self.kind!r} has one logit")
         for side in ("train", "inference"):

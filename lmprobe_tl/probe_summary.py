@@ -14,7 +14,8 @@ from lmprobe_tl.probe_spec import (
     ThresholdRecord,
     TrainingRecord,
 )
-from lmprobe_tl.weights import ProbeWeights, tensor_shapes
+from lmprobe_tl.weight_tensors import tensor_shapes
+from lmprobe_tl.weights import ProbeWeights
 
 
 def probe_summary(weights: ProbeWeights) -> dict[str, str]:

@@ -28,10 +28,14 @@ from torch import Tensor
 from lmprobe_tl import online, softmax_twins, twins
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.masks import real_tokens
+from lmprobe_tl.precision import wide_dtype
 from lmprobe_tl.twin_check import check_pair, check_signatures
 from lmprobe_tl.types import AttentionMask, TokenScores
 
 Scale: TypeAlias = Literal["logit", "probability"]
+
+# Numbers that a window keeps of each row: 2 MiB in float64, held even for a file that means harm.
+MAX_WINDOW = 2**18
 
 
 def reduce_batch(
@@ -56,7 +60,7 @@ def reduce_batch(
     real = real_tokens(attention_mask, scores)
     counted = rearrange(real, "batch pos -> batch pos 1")
     z = scores if scores.ndim == 3 else rearrange(scores, "batch pos -> batch pos 1")
-    z = torch.where(counted, z.to(online.wide_dtype(z.device)), 0.0)
+    z = torch.where(counted, z.to(wide_dtype(z.device)), 0.0)
     # with no row there may be no position either, and a max would have nothing to look at
     reduced = REDUCTIONS[name].batch(z, counted, *arguments) if len(z) else z.new_empty(0, z.shape[2])
     reduced = reduced.to(torch.promote_types(scores.dtype, torch.float32))
@@ -138,9 +142,16 @@ class Reduction:
 
 _ALPHA = ReductionParameter("alpha", "a number above 0 and at most 1", lambda x: 0 < x <= 1, (0.001, 0.5, 1))
 _WINDOW = ReductionParameter(
-    "window", "a whole number of tokens, 1 or more", lambda x: isinstance(x, Integral) and x >= 1, (1, 3, 100)
+    "window",
+    f"a whole number of tokens, from 1 to {MAX_WINDOW}",
+    lambda x: isinstance(x, Integral) and 1 <= x <= MAX_WINDOW,
+    (1, 3, 100),
 )
-_TEMPERATURE = ReductionParameter("temperature", "a finite number above 0", lambda x: 0 < x < float("inf"), (0.01, 1, 5))
+# at the least, logits of float32 over the temperature are far from infinite
+_TEMPERATURE = ReductionParameter(
+    "temperature", "a finite number, 1e-09 or more", lambda x: 1e-9 <= x < float("inf"), (0.01, 1, 5)
+)
+
 
 REDUCTIONS: dict[str, Reduction] = {
     "last_token": Reduction(_batch_last, twins.start_zero, twins.step_last, selects=True),
@@ -153,7 +164,7 @@ REDUCTIONS: dict[str, Reduction] = {
     "softmax": Reduction(_batch_softmax, softmax_twins.start_softmax, softmax_twins.step_softmax, _TEMPERATURE, "logit"),
 }
 _BUILT_IN = frozenset(REDUCTIONS)
-_RESERVED = ("all", "eos", "score", "activation")  # poolings that reduce no scores, and the prefixes
+_RESERVED = ("all", "eos", "sequence", "score", "activation")  # poolings that reduce no scores, and the prefixes
 
 
 def register_reduction(

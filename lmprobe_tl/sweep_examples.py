@@ -15,6 +15,7 @@ from lmprobe_tl.errors import InputError
 from lmprobe_tl.features import evenly_spread
 from lmprobe_tl.hook_points import resolve_hook_points
 from lmprobe_tl.labels import are_token_labels, check_classes, check_labels, check_token_labels
+from lmprobe_tl.learnt import Learnt
 from lmprobe_tl.probe import Probe
 from lmprobe_tl.splits import Indices
 from lmprobe_tl.token_bag import as_documents
@@ -42,7 +43,7 @@ class SweepExamples:
         sample = values[selection[evenly_spread(len(selection))]]
         digests = [self.digests[index] for index in chosen]
         names = resolve_hook_points(model, probe.hook_points)
-        probe._learn(model, names, fitted, self.labels[selection], owners, digests, sample)
+        probe._learn(Learnt(model, names, fitted, self.labels[selection], owners, digests, sample))
 
 
 def sweep_examples(

@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.online import OnlineReduction, wide_dtype
+from lmprobe_tl.online import OnlineReduction
+from lmprobe_tl.precision import wide_dtype
 
 TOLERANCE = 1e-5  # of the score, or of 1 where that is larger
 N_STREAMS = 4

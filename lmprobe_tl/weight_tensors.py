@@ -1,8 +1,7 @@
-"""Tensors of a probe: own float32 copies that are checked, and products that no setting of the caller narrows."""
+"""Tensors of a probe: which there are, and own float32 copies that are checked."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lmprobe_tl.checked_record import shown
 from lmprobe_tl.errors import InputError
+from lmprobe_tl.probe_spec import ProbeSpec
 
 
 def as_tensor(values: Any) -> Tensor:
@@ -31,8 +31,12 @@ def own_copy(values: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
     return copy
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    # inside torch.autocast the product would silently be computed in bfloat16
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+def tensor_shapes(spec: ProbeSpec) -> dict[str, tuple[int, ...]]:
+    """The tensors that a probe of this spec has, with their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "direction": (spec.n_readings, len(spec.hook_points) * spec.d_model),
+        "intercept": (spec.n_readings,),
+    }
+    if spec.has_readout:
+        shapes |= {"readout": (spec.n_outputs, spec.n_readings), "readout_intercept": (spec.n_outputs,)}
+    return shapes

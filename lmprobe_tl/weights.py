@@ -14,10 +14,12 @@ from einops import rearrange
 from torch import Tensor
 
 from lmprobe_tl.checked_record import shown
+from lmprobe_tl.direction_blocks import centred_direction, check_zero_sums
 from lmprobe_tl.errors import IncompatibleProbeError, InputError
 from lmprobe_tl.heads import Head, LinearHead, ReadoutHead, SequenceHead, polynomial_orders
 from lmprobe_tl.masks import real_tokens
 from lmprobe_tl.pooling import parse_pooling_strategy
+from lmprobe_tl.precision import wide_dtype, without_autocast
 from lmprobe_tl.probe_spec import (
     HIGHEST_LOGIT,
     LOWEST_LOGIT,
@@ -30,14 +32,12 @@ from lmprobe_tl.probe_spec import (
     without_threshold_metrics,
 )
 from lmprobe_tl.types import AttentionMask
-from lmprobe_tl.weight_tensors import as_tensor, own_copy, without_autocast
+from lmprobe_tl.weight_tensors import as_tensor, own_copy, tensor_shapes
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from lmprobe_tl.calibration import Calibration
-
-SUM_TOLERANCE = 1e-4  # of a block's L1 norm: far above float32 rounding, far below any direction that was never centred
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,7 +80,7 @@ class ProbeWeights:
                 )
             object.__setattr__(self, what, tensor)
         if self.spec.residual_basis == "any":
-            _check_zero_sums(self)
+            check_zero_sums(self.direction, self.d_model, self.name, self.hook_points)
 
     @classmethod
     def from_direction(
@@ -95,8 +95,9 @@ class ProbeWeights:
     ) -> ProbeWeights:
         """A probe from a direction of your own.
 
-        direction: [n_hook_points*d_model], or [n_outputs, n_hook_points*d_model]; intercept: one number, or [n_outputs].
-        spec_fields: any other field of `ProbeSpec`, such as `residual_basis` or `description`; d_model is worked out.
+        direction: [n_hook_points*d_model], or [n_readings, n_hook_points*d_model]; intercept: one number, or [n_readings].
+        spec_fields: any other field of `ProbeSpec`, such as `residual_basis` or `description`; d_model is worked out. A kind
+        with a readout is made by `ProbeWeights(...)` itself.
 
             ProbeWeights.from_direction(positive_mean - negative_mean, name="deceit", hook_points="blocks.6.hook_resid_post")
         """
@@ -107,7 +108,7 @@ class ProbeWeights:
             raise InputError(f"direction has {rows.shape[-1]} columns; expected a multiple of its {len(hooks)} hook points.")
         spec = ProbeSpec(name=name, hook_points=hooks, d_model=d_model, labels=tuple(labels), **spec_fields)
         offsets = as_tensor(intercept)
-        return cls(rows, offsets.expand(spec.n_outputs) if offsets.ndim == 0 else offsets, spec)
+        return cls(rows, offsets.expand(spec.n_readings) if offsets.ndim == 0 else offsets, spec)
 
     @property
     def name(self) -> str:
@@ -139,7 +140,8 @@ class ProbeWeights:
 
     def __repr__(self) -> str:
         limit = "none" if self.threshold is None else f"{self.threshold.unit} >= {self.threshold.value:g}"
-        return f"ProbeWeights({self.name!r}, hook_points={self.hook_points}, labels={self.labels}, threshold={limit})"
+        kind = "" if self.spec.kind == "linear" else f", kind={self.spec.kind!r}"
+        return f"ProbeWeights({self.name!r}{kind}, hook_points={self.hook_points}, labels={self.labels}, threshold={limit})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         tensors = (self.direction, self.intercept, self.spec, self.readout, self.readout_intercept)
@@ -163,7 +165,7 @@ class ProbeWeights:
 
     def readings(self, activations: Tensor) -> Tensor:
         """What the probe reads off each token, [..., n_readings] float32; activations as in `logits`."""
-        self._check_activations(activations)
+        self.check_activations(activations)
         direction, intercept = self._weights_on(activations.device)
         with without_autocast(activations.device):
             return torch.nn.functional.linear(activations.float(), direction, intercept)
@@ -196,8 +198,15 @@ class ProbeWeights:
                 f"pooling.reduce_scores, or score whole prompts with score_prompts."
             )
         readings = self.readings(activations)
+        if readings.ndim != 3:
+            width = self.direction.shape[1]
+            raise InputError(
+                f"Probe {self.name!r}: activations have shape {list(activations.shape)}; expected [batch pos {width}]. For "
+                "one sequence give activations[None]."
+            )
         counted = rearrange(real_tokens(attention_mask, readings), "batch pos -> batch pos 1")
-        return self.head.batch(torch.where(counted, readings.double(), 0.0), counted).float()[:, 0]
+        wide = readings.to(wide_dtype(readings.device))
+        return self.head.batch(torch.where(counted, wide, 0.0), counted).float()[:, 0]
 
     def direction_at(self, hook_name: str) -> Tensor:
         """The block of the direction [n_readings, d_model] that reads this hook point."""
@@ -215,9 +224,7 @@ class ProbeWeights:
         """
         if self.spec.residual_basis != "centered":
             return self
-        blocks = self._blocks()
-        centred = blocks - blocks.mean(dim=-1, keepdim=True)
-        direction = rearrange(centred, "n_readings hook d_model -> n_readings (hook d_model)")
+        direction = centred_direction(self.direction, self.d_model)
         return replace(self, direction=direction, spec=replace(self.spec, residual_basis="any"))
 
     def with_threshold(
@@ -288,12 +295,6 @@ class ProbeWeights:
 
         return save_probe(self, path, overwrite=overwrite)
 
-    def _blocks(self) -> Tensor:
-        """The direction by hook point, [n_readings, hook, d_model]; float64, whose sums do not round."""
-        return rearrange(
-            self.direction.double(), "n_readings (hook d_model) -> n_readings hook d_model", d_model=self.d_model
-        )
-
     def _weights_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device == self.direction.device:
             return self.direction, self.intercept
@@ -302,7 +303,8 @@ class ProbeWeights:
                 self._moved[device] = (self.direction.to(device), self.intercept.to(device))
         return self._moved[device]
 
-    def _check_activations(self, activations: Tensor) -> None:
+    def check_activations(self, activations: Tensor) -> None:
+        """InputError for what is no tensor of floats, IncompatibleProbeError for one of another width."""
         if not isinstance(activations, Tensor) or not activations.is_floating_point():
             kind = activations.dtype if isinstance(activations, Tensor) else type(activations).__name__
             raise InputError(f"Probe {self.name!r}: activations are {kind}; expected a tensor of a float dtype.")
@@ -315,27 +317,3 @@ class ProbeWeights:
             raise IncompatibleProbeError(
                 f"Probe {self.name!r}: activations have shape {list(activations.shape)}; expected [..., {width}] ({what})."
             )
-
-
-def _check_zero_sums(weights: ProbeWeights) -> None:
-    blocks = weights._blocks()
-    sums, sizes = blocks.sum(dim=-1), blocks.abs().sum(dim=-1)
-    too_far = sums.abs() > SUM_TOLERANCE * sizes
-    if too_far.any():
-        output, hook = too_far.nonzero()[0].tolist()
-        raise InputError(
-            f"Probe {weights.name!r} says residual_basis 'any', but its direction at {weights.hook_points[hook]} sums to "
-            f"{sums[output, hook].item():g} (absolute values: {sizes[output, hook].item():g}); expected 0. "
-            "Subtract the mean of the block before fitting the intercept, or say residual_basis='raw'."
-        )
-
-
-def tensor_shapes(spec: ProbeSpec) -> dict[str, tuple[int, ...]]:
-    """The tensors that a probe of this spec has, with their shapes."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "direction": (spec.n_readings, len(spec.hook_points) * spec.d_model),
-        "intercept": (spec.n_readings,),
-    }
-    if spec.has_readout:
-        shapes |= {"readout": (spec.n_outputs, spec.n_readings), "readout_intercept": (spec.n_outputs,)}
-    return shapes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from live_reference import make_head_probe
@@ -63,3 +64,33 @@ def test_an_infinite_margin_evaluates_all_orders() -> None:
 def test_wrong_use_is_named(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_autocast_does_not_narrow_the_later_orders() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = early_exit_logits(PROBE, X, margin=float("inf")).logits
+    torch.testing.assert_close(found, PROBE.logits(X), rtol=1e-5, atol=1e-5)
+
+
+def test_orders_are_added_up_without_float64_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on MPS."""
+    monkeypatch.setattr("lmprobe_tl.early_exit.wide_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(torch.Tensor, "double", lambda tensor: pytest.fail("float64 was asked for"))
+    assert early_exit_logits(PROBE, X, margin=float("inf")).logits.isfinite().all()
+
+
+def test_early_exits_saturate_as_the_whole_probe_does() -> None:
+    x = 1e15 * X[:1]
+    assert torch.equal(early_exit_logits(PROBE, x, margin=float("inf")).logits, PROBE.logits(x))
+
+
+def test_a_margin_may_be_any_number_and_no_truth_value() -> None:
+    found = early_exit_logits(PROBE, X, margin=np.float32(1.5))
+    assert torch.equal(found.degrees, early_exit_logits(PROBE, X, margin=1.5).degrees)
+    with pytest.raises(InputError, match="margin is True"):
+        early_exit_logits(PROBE, X, margin=True)
+
+
+def test_activations_have_to_be_a_tensor() -> None:
+    with pytest.raises(InputError, match="activations are list"):
+        early_exit_logits(PROBE, X.tolist(), margin=1.5)  # type: ignore[arg-type]

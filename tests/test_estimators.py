@@ -36,7 +36,15 @@ from sklearn.svm import SVC, LinearSVC
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from lmprobe_tl.errors import InputError, NonlinearClassifierError
-from lmprobe_tl.estimators import CLASSIFIERS, MassMeanClassifier, linear_rule, make_classifier
+from lmprobe_tl.estimators import (
+    CLASSIFIERS,
+    AttentionClassifier,
+    MassMeanClassifier,
+    MlpClassifier,
+    WindowedClassifier,
+    linear_rule,
+    make_classifier,
+)
 from lmprobe_tl.estimators.streaming import can_stream
 from lmprobe_tl.metrics import auroc
 
@@ -80,6 +88,21 @@ def test_an_instance_is_cloned_and_stays_untouched():
     assert classifier is not original
     assert classifier.C == 0.5
     assert not hasattr(original, "coef_")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        GridSearchCV(AttentionClassifier(), {"n_heads": [1, 2]}),
+        make_pipeline(StandardScaler(), WindowedClassifier()),
+        OneVsRestClassifier(make_pipeline(StandardScaler(), AttentionClassifier())),
+    ],
+)
+def test_a_sequence_classifier_inside_another_estimator_is_refused(wrapped):
+    """Inside it would get pooled vectors, and learn from sequences of one token without a word."""
+    with pytest.raises(InputError, match="reads all tokens of a prompt.*Pass it by itself"):
+        make_classifier(wrapped, random_state=0)
+    make_classifier(GridSearchCV(MlpClassifier(), {"n_hidden": [1, 2]}), random_state=0)
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,41 @@ def test_mlp_and_polynomial_equal_their_formulas():
                 powers = sum(w * x**order for w, x, order in zip(weights, mine, (1, 2, 2, 3, 3), strict=True)) + bias
                 assert mlp[row, at, output].item() == pytest.approx(relu, abs=1e-5)
                 assert polynomial[row, at, output].item() == pytest.approx(powers, abs=1e-5)
+
+
+def test_powers_beyond_float32_saturate_and_keep_their_sign():
+    head = ReadoutHead(1, torch.tensor([[0.0, 1.0, -2.0]]), torch.zeros(1), torch.tensor([1, 3, 3]))
+    readings = torch.tensor([[0.0, 1e14, 0.0], [0.0, -1e14, 0.0], [0.0, 0.0, 1e14], [0.0, 1e14, 1e14], [0.0, 1e12, 1e12]])
+    highest = torch.finfo(torch.float32).max
+    assert head.token_logits(readings)[:4, 0].tolist() == [highest, -highest, -highest, -highest]
+    assert head.token_logits(readings)[4].item() == pytest.approx(-1e36, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        ReadoutHead(1, torch.tensor([[1.0, 0.0]]), torch.zeros(1)),
+        ReadoutHead(1, torch.tensor([[0.0, 0.0]]), torch.zeros(1), torch.tensor([1, 2])),
+        SequenceHead("attention", 1),
+        SequenceHead("rolling_attention", 1, window=3),
+    ],
+    ids=["mlp", "polynomial", "attention", "rolling_attention"],
+)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_readings_that_are_not_finite_have_no_logit(head, bad):
+    """relu(-inf) is 0, and the token logit of attention has no query in it: such readings must show all the same."""
+    for place in range(2):
+        readings = torch.ones(2, 2)
+        readings[1, place] = bad
+        assert head.token_logits(readings)[:, 0].isfinite().tolist() == [True, False]
+
+
+def test_autocast_narrows_no_readout_where_the_wide_dtype_is_float32(monkeypatch):
+    """As on MPS, which has no float64."""
+    monkeypatch.setattr("lmprobe_tl.heads.wide_dtype", lambda device: torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    readings, readout = torch.randn(4, 5, generator=generator), torch.randn(1, 5, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ReadoutHead(1, readout, torch.zeros(1)).token_logits(readings)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, readings.relu() @ readout.T)

@@ -16,8 +16,18 @@ PACKAGE = Path(lmprobe_tl.__file__).parent
 
 FLOORS = {
     0: {"errors", "types", "files"},
-    1: {"heads", "masks", "pooling", "reductions", "online", "softmax_twins", "twins", "twin_check"},
-    2: {"checked_record", "probe_spec", "weight_tensors", "weights", "probe_file", "probe_summary", "labels", "metrics"}
+    1: {"heads", "masks", "pooling", "reductions", "online", "precision", "softmax_twins", "twins", "twin_check"},
+    2: {
+        "checked_record",
+        "probe_spec",
+        "weight_tensors",
+        "direction_blocks",
+        "weights",
+        "probe_file",
+        "probe_summary",
+        "labels",
+        "metrics",
+    }
     | {"calibration", "early_exit"}
     | {"given_probes", "provenance", "store", "store.record", "activation_store", "splits", "token_bag"}
     | {"bootstrap", "scored", "measures"}
@@ -54,6 +64,10 @@ FLOORS = {
         "evaluation",
         "probe",
         "probe_poolings",
+        "probe_settings",
+        "probe_outputs",
+        "training_examples",
+        "learnt",
         "artefact",
         "features",
         "store_examples",

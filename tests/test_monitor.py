@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from live_reference import (
     expected_running,
     features_of,
     left_padded,
+    make_head_probe,
     make_probe,
     many_probes,
 )
@@ -720,6 +722,25 @@ def test_scores_cannot_be_read_before_the_model_ran(gpt2: Tiny) -> None:
         for read_one in (monitor.token_scores, monitor.running_scores):
             with pytest.raises(InputError, match=r"no probe 'q' is attached; attached are \['p'\]"):
                 read_one("q")
+
+
+@pytest.mark.parametrize("kind", ["mlp", "polynomial", "attention", "multimax", "rolling_attention"])
+def test_an_infinite_reading_is_an_error_for_every_kind(gpt2: Tiny, kind: str) -> None:
+    """relu(-inf) is 0, and an infinite query of attention is in no token logit: neither may pass for a score."""
+    probe = make_head_probe(kind, "blocks.2.hook_out")
+    probe = replace(probe, direction=-probe.direction.abs())
+
+    def spoil(activations: Tensor, hook: Any) -> Tensor:
+        spoiled = activations.clone()
+        spoiled[:, 1, 3] = math.inf
+        return spoiled
+
+    message = f"logit of probe '{kind}' is not finite at position 1 of row 0"
+    with (
+        gpt2.bridge.hooks(fwd_hooks=[("blocks.2.hook_out", spoil)]),
+        attach_probes_expecting(MonitorError, message, gpt2.bridge, [probe]),
+    ):
+        gpt2.bridge(torch.tensor([[5, 6, 7]]))
 
 
 def test_activations_that_are_not_finite_are_an_error_when_read(gpt2: Tiny) -> None:

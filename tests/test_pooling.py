@@ -223,7 +223,7 @@ def test_every_strategy_parses_and_has_a_function(raw: str) -> None:
         ("score:ema_max(nan)", "alpha=nan,"),
         ("score:rolling_max(0)", "window=0, expected a whole number"),
         ("score:rolling_max(2.5)", "window=2.5,"),
-        ("score:softmax(0)", "temperature=0, expected a finite number above 0"),
+        ("score:softmax(0)", "temperature=0, expected a finite number, 1e-09 or more"),
         ("score:softmax(inf)", "temperature=inf,"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Tiny
+from live_reference import make_head_probe, make_probe
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -25,7 +26,9 @@ from sweep_data import NOISE, in_another_order, noise, with_a_word
 from lmprobe_tl import Probe, ProbeReport, ShiftReport, evaluate_probe, evaluate_shift, load_probe
 from lmprobe_tl.controls import CONTROLS
 from lmprobe_tl.errors import InputError, PoolingMismatchWarning
+from lmprobe_tl.judged_probe import _recipe_of
 from lmprobe_tl.probe_evaluation import _above_chance
+from lmprobe_tl.probe_spec import TrainingRecord
 
 QUICK: dict[str, Any] = {"n_bootstrap": 100, "n_draws": 4}
 Data = tuple[list[str], list[Any]]
@@ -412,6 +415,42 @@ def test_notes_say_what_had_to_be_guessed(llama: Tiny) -> None:
     assert evaluate(by_hand, *test).notes == (
         "the probe file names no classifier, so controls are fitted with logistic_regression",
     )
+
+
+@pytest.mark.parametrize("classifier", ["softmax", "attention", "logistic_regression"])
+def test_a_file_whose_classifier_and_poolings_disagree_is_judged_with_a_note(llama: Tiny, classifier: str) -> None:
+    """Another inference pooling is one call away, and a file may name any classifier."""
+    train, test = with_a_word(40, 0), with_a_word(40, 1)
+    weights = fitted(llama, train).weights_
+    training = dataclasses.replace(weights.spec.training, classifier=classifier)
+    pooling = dataclasses.replace(weights.spec.pooling, train="score:softmax(5)" if classifier == "softmax" else "mean")
+    spec = dataclasses.replace(weights.spec, training=training, pooling=pooling)
+    moved = dataclasses.replace(weights, spec=spec).with_inference_pooling("mean")
+    report = evaluate_probe(moved, *test, model=llama.bridge, controls=["random_direction"], **QUICK)
+    notes = (
+        ()
+        if classifier == "logistic_regression"
+        else (
+            f"the probe file names the classifier {classifier}, which does not go with its poolings, so controls are fitted "
+            "with logistic_regression",
+        )
+    )
+    assert report.notes == notes and "random_direction" in report.controls
+
+
+@pytest.mark.parametrize(
+    ("kind", "controls"), [("mlp", "mlp"), ("attention", "attention"), ("linear", "logistic_regression")]
+)
+def test_controls_of_an_own_classifier_are_fitted_with_that_of_the_kind(kind: str, controls: str) -> None:
+    weights = make_probe() if kind == "linear" else make_head_probe(kind)
+    training = TrainingRecord(
+        data_sha256="0" * 64, n_prompts=2, n_examples=2, class_counts=(1, 1), classifier="MyClassifier"
+    )
+    classifier, _, notes = _recipe_of(
+        dataclasses.replace(weights, spec=dataclasses.replace(weights.spec, training=training))
+    )
+    assert classifier == controls
+    assert notes == (f"the probe file names the classifier MyClassifier, so controls are fitted with {controls}",)
 
 
 def test_the_record_depends_on_the_seed_alone(llama: Tiny) -> None:

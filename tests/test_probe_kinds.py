@@ -93,7 +93,9 @@ def test_thresholds_are_calibrated_for_every_kind(llama: Tiny) -> None:
             warnings.simplefilter("ignore", CalibrationWarning)  # some of these short texts are the same to some probes
             probe.calibrate([text for text in negatives if text not in PROMPTS], fpr=0.1, delta=0.1)
         threshold = probe.weights_.threshold
-        assert threshold is not None and threshold.statistic is not None
+        assert threshold is not None
+        own = {"attention": "the attention logit", "rolling_attention": "the rolling attention logit", "mlp": "mean"}
+        assert name not in own or threshold.statistic == f"running maximum of {own[name]}"
         maxima = sequence_maxima(llama.bridge, negatives, probe.weights_)
         assert (maxima.double().numpy() >= threshold.value).mean() <= 0.1
 
@@ -164,6 +166,16 @@ def test_parameters_are_kept_and_cloned(llama: Tiny) -> None:
 def test_a_pooling_that_does_not_go_with_the_classifier_is_named(llama: Tiny, options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Probe(llama.bridge, 2, **options)
+
+
+@pytest.mark.parametrize(("fitted", "later"), [("logistic_regression", "attention"), ("attention", "logistic_regression")])
+def test_a_classifier_set_after_fit_reads_nothing_that_another_learnt(llama: Tiny, fitted: str, later: str) -> None:
+    probe = quick_probe(llama, "attention") if fitted == "attention" else Probe(llama.bridge, 2)
+    probe.fit(PROMPTS, LABELS).set_params(classifier=later)
+    for use in (lambda: probe.predict(NEW), lambda: probe.weights_):
+        with pytest.raises(InputError, match=f"classifier is now {later}, .* call fit again"):
+            use()
+    assert len(probe.fit(PROMPTS, LABELS).predict(NEW)) == len(NEW)
 
 
 def test_labels_must_suit_the_kind(llama: Tiny) -> None:

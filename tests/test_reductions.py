@@ -284,6 +284,20 @@ def test_wrong_updates_and_names_are_refused() -> None:
     for name, parameter in [("max", 2), ("ema_max", None), ("ema_max", True), ("rolling_max", 2.0), ("softmax", "1")]:
         with pytest.raises(InputError, match=f"Reduction '{name}'"):
             make_online(name, parameter, 1, 1)  # type: ignore[arg-type]
+    for temperature in (1e-10, 1e-320, math.inf):
+        with pytest.raises(InputError, match="expected a finite number, 1e-09 or more"):
+            make_online("softmax", temperature, 1, 1)
+    for window in (2**18 + 1, 2**62, 10**30):  # before memory for it is asked for
+        with pytest.raises(InputError, match="expected a whole number of tokens, from 1 to 262144"):
+            make_online("rolling_max", window, 1, 1)
+
+
+def test_the_lowest_temperature_takes_the_highest_logits() -> None:
+    """Below it the quotient of logit and temperature would be infinite, and the score NaN, which raises no alarm."""
+    logits = torch.tensor([[[3e38], [-3e38], [1e38]]])
+    running = make_online("softmax", 1e-9, 1, 1).update(logits, torch.ones(1, 3, dtype=torch.bool))
+    assert running.flatten().tolist() == [logits[0, 0].item()] * 3
+    assert torch.equal(reduce_batch(logits, "softmax", 1e-9), logits[:, 0])
 
 
 @pytest.mark.parametrize("scores", [torch.zeros(3), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, dtype=torch.int64), [[0.5]]])

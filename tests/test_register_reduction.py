@@ -163,7 +163,10 @@ GOOD: dict[str, Any] = {"batch": spread_batch, "start": spread_start, "step": sp
         ("max", "'max' is built in"),
         ("ema_max", "'ema_max' is built in"),
         ("spread", "'spread' is registered already"),
-        *((name, "means something else in a pooling strategy") for name in ("all", "eos", "score", "activation")),
+        *(
+            (name, "means something else in a pooling strategy")
+            for name in ("all", "eos", "score", "activation", "sequence")
+        ),
         *((name, "expected letters, digits and '_' alone") for name in ("", "2nd", "a-b", "score:a", "a(b)", "größe", None)),
     ],
 )

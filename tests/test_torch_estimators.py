@@ -499,6 +499,29 @@ def test_unusable_parameters_are_named(parameters, message):
         clone(SEQUENCE[0]).set_params(**parameters).fit(*sequences())
 
 
+VECTOR_CLASSES = (MlpClassifier, PolynomialClassifier)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "message"),
+    [
+        (AttentionClassifier(n_heads=2**13 + 1), "n_heads is 8193; expected a whole number from 1 to 8192"),
+        (MultiMaxClassifier(n_heads=2**14 + 1), "n_heads is 16385; expected a whole number from 1 to 16384"),
+        (
+            RollingAttentionClassifier(n_heads=2, window=2**16 + 1),
+            "window is 65537; expected a whole number from 1 to 65536",
+        ),
+        (WindowedClassifier(window=2**18 + 1), "window is 262145; expected a whole number from 1 to 262144"),
+        (SoftmaxClassifier(temperature=1e-12), "temperature=1e-12, expected a finite number, 1e-09 or more"),
+        (MlpClassifier(n_hidden=2**14 + 1), "n_hidden is 16385; expected a whole number from 1 to 16384"),
+        (PolynomialClassifier(degree=3, rank=2**13), "rank is 8192; expected a whole number from 1 to 8191"),
+    ],
+)
+def test_what_no_probe_file_can_hold_is_not_trained(classifier, message):
+    with pytest.raises(InputError, match=message):
+        classifier.fit(*(vectors() if type(classifier) in VECTOR_CLASSES else sequences()))
+
+
 def test_unusable_inputs_are_named():
     arrays, labels = sequences()
     fitted = clone(SEQUENCE[0]).fit(arrays, labels)

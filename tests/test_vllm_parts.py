@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lmprobe_tl.errors import EngineError, IncompatibleProbeError, InputError
 from lmprobe_tl.live.scoring_plan import ScoringPlan
 from lmprobe_tl.online import OnlineReduction
+from lmprobe_tl.probe_spec import HeadRecord, PoolingRecord, ProbeSpec
 from lmprobe_tl.reductions import REDUCTIONS, make_online
 from lmprobe_tl.vllm.pages import PAGE, Pages
 from lmprobe_tl.vllm.running import RunningScores
@@ -206,6 +207,24 @@ def test_running_scores_of_many_rows_are_those_of_one(data: st.DataObject) -> No
                 expected = group.values(online.update(z, counted))[0]
                 same(torch.from_numpy(values[at][:, group.columns]), expected)
             position[row] += new
+
+
+def test_a_head_that_overflows_counts_as_unknown_for_its_own_probe_alone() -> None:
+    spec = ProbeSpec(
+        name="p", hook_points=("a",), d_model=1, kind="polynomial", head=HeadRecord(degree=40, rank=2),
+        pooling=PoolingRecord(inference="score:max"),
+    )  # fmt: skip
+    readout = torch.zeros(1, 79)
+    readout[0, -2:] = torch.tensor([1.0, -1.0])  # inf - inf at large readings
+    steep = ProbeWeights(torch.ones(79, 1), torch.zeros(79), spec, readout, torch.zeros(1))
+    flat = ProbeWeights.from_direction([1.0], name="q", hook_points="a", pooling=PoolingRecord(inference="score:max"))
+    plan = ScoringPlan([steep, flat])
+    running = RunningScores(plan)
+    running.begin(0)
+    readings = np.ones((1, 3, plan.n_readings), dtype=np.float32) * np.array([1, 1e10, 1], dtype=np.float32)[:, None]
+    values = running.update(np.array([0]), readings, np.arange(3)[None], np.zeros((1, 3), bool))[0]
+    np.testing.assert_allclose(values[:, plan.columns["p"]][:, 0], 0.0)
+    np.testing.assert_allclose(values[:, plan.columns["q"]][:, 0], [1.0, 1e10, 1e10])
 
 
 def test_a_crossing_is_told_once_and_not_of_the_row_before() -> None:

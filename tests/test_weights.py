@@ -18,7 +18,7 @@ from live_reference import make_head_probe
 
 from lmprobe_tl.calibration import Calibration
 from lmprobe_tl.errors import EmptyMaskError, IncompatibleProbeError, InputError
-from lmprobe_tl.probe_spec import HeadRecord, MetricRecord, ProbabilityRecord, ProbeSpec, ThresholdRecord
+from lmprobe_tl.probe_spec import HeadRecord, MetricRecord, PoolingRecord, ProbabilityRecord, ProbeSpec, ThresholdRecord
 from lmprobe_tl.weights import ProbeWeights
 
 HOOKS = ("blocks.3.hook_resid_post", "blocks.1.hook_resid_post")
@@ -341,3 +341,34 @@ def test_autocast_does_not_narrow_a_readout() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = weights.logits(x)
         assert torch.equal(found, weights.logits(x))
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (8,), (1, 2, 6, 8)])
+def test_a_sequence_has_the_axes_batch_and_pos(shape: tuple[int, ...]) -> None:
+    """Six tokens without a batch axis would look like six rows of the six readings."""
+    with pytest.raises(InputError, match=r"expected \[batch pos 8\]"):
+        make_head_probe("attention", d_model=8).sequence_logits(torch.zeros(shape))
+
+
+def test_a_sequence_is_reduced_without_float64_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on MPS."""
+    monkeypatch.setattr("lmprobe_tl.weights.wide_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(torch.Tensor, "double", lambda tensor: pytest.fail("float64 was asked for"))
+    weights, x = make_head_probe("attention", d_model=8), torch.randn(2, 3, 8)
+    assert weights.sequence_logits(x).isfinite().all()
+
+
+def test_from_direction_makes_a_sequence_probe() -> None:
+    own = PoolingRecord(train="sequence", inference="sequence")
+    probe = ProbeWeights.from_direction(
+        torch.ones(3, 8), 0.5, name="p", hook_points=HOOKS[0], kind="multimax", head=HeadRecord(n_heads=3), pooling=own
+    )
+    assert probe.intercept.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("window", [2**18 // 4 + 1, 2**62, 2**63 - 1])
+def test_a_window_that_no_memory_holds_is_refused(window: int) -> None:
+    spec = make_head_probe("rolling_attention", d_model=8).spec
+    with pytest.raises(InputError, match=r"head\.window is .*; expected at most 65536 tokens, since 4 readings of each"):
+        replace(spec, head=HeadRecord(n_heads=2, window=window))
+    assert replace(spec, head=HeadRecord(n_heads=2, window=2**18 // 4)).head.window == 65536

@@ -22,16 +22,32 @@ from lmprobe_tl.estimators.linear_rule import LinearRule, linear_rule
 from lmprobe_tl.estimators.mass_mean import MassMeanClassifier
 from lmprobe_tl.estimators.pca import PcaClassifier
 from lmprobe_tl.estimators.sequence_classifier import SequenceClassifier
-from lmprobe_tl.estimators.sequence_classifiers import SEQUENCE_CLASSIFIERS
+from lmprobe_tl.estimators.sequence_classifiers import (
+    SEQUENCE_CLASSIFIERS,
+    AttentionClassifier,
+    MultiMaxClassifier,
+    RollingAttentionClassifier,
+    SoftmaxClassifier,
+    WindowedClassifier,
+)
 from lmprobe_tl.estimators.vector_classifiers import MlpClassifier, PolynomialClassifier
 
 __all__ = [
     "CLASSIFIERS",
+    "SEQUENCE_CLASSIFIERS",
+    "AttentionClassifier",
     "CcsClassifier",
     "LayerStackClassifier",
     "LinearRule",
     "MassMeanClassifier",
+    "MlpClassifier",
+    "MultiMaxClassifier",
     "PcaClassifier",
+    "PolynomialClassifier",
+    "RollingAttentionClassifier",
+    "SequenceClassifier",
+    "SoftmaxClassifier",
+    "WindowedClassifier",
     "linear_rule",
     "make_classifier",
     "own_pooling",
@@ -129,7 +145,8 @@ def make_classifier(classifier: Any, random_state: int | None) -> BaseEstimator:
     """An unfitted classifier: a fresh one by name, or a clone of the instance given, which stays untouched.
 
     random_state reaches the named classifiers only; an instance keeps its own.
-    Raises InputError for an unknown name, and for anything that is no scikit-learn classifier instance.
+    Raises InputError for an unknown name, for anything that is no scikit-learn classifier instance, and for a sequence
+    classifier inside another estimator.
     """
     if isinstance(classifier, str):
         return _named_classifier(classifier, random_state)
@@ -148,6 +165,12 @@ def make_classifier(classifier: Any, random_state: int | None) -> BaseEstimator:
             f"classifier must be a classifier, got {classifier!r}, which scikit-learn does not count as one (a regressor, a "
             f"transformer or an outlier detector). For a linear probe pass 'logistic_regression' or RidgeClassifier()."
         )
+    for inner in classifier.get_params(deep=True).values():
+        if isinstance(inner, SequenceClassifier):
+            raise InputError(
+                f"{type(classifier).__name__} has a {type(inner).__name__} inside, which reads all tokens of a prompt, and "
+                f"would get one pooled vector a prompt. Pass it by itself; it standardises what it reads."
+            )
     return clone(classifier)
 
 

@@ -12,6 +12,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from lmprobe_tl.estimators.ragged import Segments, attention, maximum, rolling_attention, window_means
 from lmprobe_tl.estimators.sequence_classifier import Design, SequenceClassifier
 from lmprobe_tl.estimators.torch_classifier import check_positive, check_whole
+from lmprobe_tl.probe_spec import MAX_READINGS
+from lmprobe_tl.reductions import MAX_WINDOW, check_parameter
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -24,7 +26,7 @@ class AttentionClassifier(SequenceClassifier):
     n_heads: int = 4
 
     def _own_limits(self) -> None:
-        check_whole("n_heads", self.n_heads)
+        check_whole("n_heads", self.n_heads, most=MAX_READINGS // 2)
 
     def _design(self) -> Design:
         return Design("attention", self.n_heads)
@@ -41,7 +43,7 @@ class MultiMaxClassifier(SequenceClassifier):
     n_heads: int = 4
 
     def _own_limits(self) -> None:
-        check_whole("n_heads", self.n_heads)
+        check_whole("n_heads", self.n_heads, most=MAX_READINGS)
 
     def _design(self) -> Design:
         return Design("multimax", self.n_heads)
@@ -61,8 +63,8 @@ class RollingAttentionClassifier(SequenceClassifier):
     window: int = 10
 
     def _own_limits(self) -> None:
-        check_whole("n_heads", self.n_heads)
-        check_whole("window", self.window)
+        check_whole("n_heads", self.n_heads, most=MAX_READINGS // 2)
+        check_whole("window", self.window, most=MAX_WINDOW // (2 * self.n_heads))
 
     def _design(self) -> Design:
         return Design("rolling_attention", self.n_heads, self.window)
@@ -82,7 +84,7 @@ class SoftmaxClassifier(SequenceClassifier):
     temperature: float = 5.0
 
     def _own_limits(self) -> None:
-        check_positive("temperature", self.temperature)
+        check_parameter("softmax", self.temperature)
 
     def _design(self) -> Design:
         return Design(own_pooling=f"score:softmax({_plain(self.temperature)})")
@@ -105,7 +107,7 @@ class WindowedClassifier(SequenceClassifier):
     temperature: float = 1.0
 
     def _own_limits(self) -> None:
-        check_whole("window", self.window)
+        check_whole("window", self.window, most=MAX_WINDOW)
         check_positive("temperature", self.temperature)
 
     def _design(self) -> Design:

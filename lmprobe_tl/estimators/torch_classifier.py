@@ -190,10 +190,11 @@ def readings_of(head: FittedHead, sequences: TokenSequences, start: int, stop: i
     return readings
 
 
-def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """InputError for what is no whole number from `least` on."""
+def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """InputError for what is no whole number from `least` on, or up to `most`."""
     is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    require(is_whole and value >= least, name, value, f"a whole number, {least} or more")
+    expected = f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}"
+    require(is_whole and value >= least and (most is None or value <= most), name, value, expected)
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from lmprobe_tl.estimators.fitted_head import FittedHead
 from lmprobe_tl.estimators.torch_classifier import Array, TorchClassifier, check_whole, readings_of
 from lmprobe_tl.estimators.training import Batch, Epoch, Schedule, TrainingSet, minimise
 from lmprobe_tl.heads import ReadoutHead, polynomial_orders
+from lmprobe_tl.probe_spec import MAX_READINGS
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -37,7 +38,7 @@ class MlpClassifier(TorchClassifier):
         return logits[:, 0] if len(self.classes_) == 2 else logits
 
     def _own_limits(self) -> None:
-        check_whole("n_hidden", self.n_hidden)
+        check_whole("n_hidden", self.n_hidden, most=MAX_READINGS)
 
     def _train(self, data: TrainingSet, schedule: Schedule) -> tuple[FittedHead, tuple[Epoch, ...]]:
         d, n_outputs = data.sequences.values.shape[1], 1 if len(self.classes_) == 2 else len(self.classes_)
@@ -102,8 +103,8 @@ class PolynomialClassifier(TorchClassifier):
         return readout.token_logits(readings)[:, 0].numpy()
 
     def _own_limits(self) -> None:
-        check_whole("degree", self.degree)
-        check_whole("rank", self.rank)
+        check_whole("degree", self.degree, most=MAX_READINGS)
+        check_whole("rank", self.rank, most=(MAX_READINGS - 1) // max(1, self.degree - 1))
 
     def _train(self, data: TrainingSet, schedule: Schedule) -> tuple[FittedHead, tuple[Epoch, ...]]:
         d, device = data.sequences.values.shape[1], data.device

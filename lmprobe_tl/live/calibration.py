@@ -23,6 +23,7 @@ from lmprobe_tl.calibration import (
 from lmprobe_tl.errors import CalibrationError, CalibrationWarning, InputError
 from lmprobe_tl.given_probes import as_weights
 from lmprobe_tl.live.maxima import maxima_source
+from lmprobe_tl.probe_settings import rows_of
 from lmprobe_tl.probe_spec import ThresholdRecord
 from lmprobe_tl.scoring import live_unit
 from lmprobe_tl.tokens import Prompt, Truncation, check_prompts, row_digest
@@ -160,6 +161,22 @@ def measure_calibration(
     return Calibration(threshold, recall, curve)
 
 
+def calibration_tokens(
+    probe: Any, goal: CalibrationGoal, negatives: Sequence[Prompt], positives: Sequence[Prompt] | None
+) -> tuple[Any, Any]:
+    """The prompts as token ids that a fitted `Probe` sees, None for those that are None.
+
+    CalibrationError for prompts that it was trained on, where the goal promises anything of new text.
+    """
+    tokens: list[Any] = []
+    for name, prompts in (("negative_prompts", negatives), ("positive_prompts", positives)):
+        rows = None if prompts is None else rows_of(probe, probe.model_, check_prompts(prompts))
+        if rows is not None and goal.method != "empirical":
+            check_unseen(rows, probe._trained_on, name)
+        tokens.append(None if rows is None else [np.array(row, dtype=np.int64) for row in rows])
+    return tokens[0], tokens[1]
+
+
 def rounding_of(threshold: ThresholdRecord, dtype: str) -> float:
     """How far other batches and kernels move a score at the threshold, in its unit, where the model computes in this
     dtype."""
@@ -221,5 +238,6 @@ def score_settings(weights: ProbeWeights) -> dict[str, Any]:
 
 def statistic_of(weights: ProbeWeights) -> str:
     """The number that a threshold is set on, in words."""
-    pooling = weights.spec.pooling
-    return f"running maximum of {pooling.inference}" + (", BOS included" if pooling.include_bos else "")
+    spec, pooling = weights.spec, weights.spec.pooling
+    what = f"the {spec.kind.replace('_', ' ')} logit" if spec.reduces_tokens else pooling.inference
+    return f"running maximum of {what}" + (", BOS included" if pooling.include_bos else "")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lmprobe_tl.errors import IncompatibleProbeError
-from lmprobe_tl.online import wide_dtype
 from lmprobe_tl.pooling import parse_pooling_strategy
+from lmprobe_tl.precision import wide_dtype
 from lmprobe_tl.probe_spec import ThresholdUnit
 from lmprobe_tl.reductions import REDUCTIONS
 from lmprobe_tl.weights import ProbeWeights

@@ -288,7 +288,7 @@ class LiveRun:
             where = f"position {int(finite.int().argmin())} of row {rows[0]}"
         raise MonitorError(
             f"the logit of probe {name!r} is not finite at {where}: the activations there hold NaN or inf (an overflow in "
-            "float16, for instance)."
+            "float16, for instance), or are so large that the probe's own numbers overflow."
         )
 
     def _by_row(self, history: History, name: str | None = None) -> list[Tensor]:

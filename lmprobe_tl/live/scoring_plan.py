@@ -201,8 +201,11 @@ class ScoringPlan:
         update: Callable[[OnlineReduction, ReductionGroup, Tensor], Tensor],
     ) -> Tensor:
         """The values of the online reductions [batch pos n_columns] after the next positions, group by group."""
+        if len(self.groups) == 1:  # as for one probe, which has nothing to cut apart: this runs in every step
+            (group,), (online,) = self.groups, onlines
+            return group.values(update(online, group, group.enter(readings, logits)))
         parts = [
             group.values(update(online, group, group.enter(readings[..., group.readings], logits[..., group.columns])))
             for group, online in zip(self.groups, onlines, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return torch.cat(parts, dim=-1)

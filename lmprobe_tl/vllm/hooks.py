@@ -23,7 +23,7 @@ STALE_GRAPH = (
 class StaticHook:
     """One hook point's weights and output, at addresses that never change, as compiled graphs need them.
 
-    output: [max_tokens columns], float32 partial logits, or with mode 'activations' [max_tokens d_model] in the model's
+    output: [max_tokens columns], float32 partial readings, or with mode 'activations' [max_tokens d_model] in the model's
     dtype. fires: [1] int64, how many forward passes have written it.
     """
 
@@ -92,7 +92,7 @@ class StaticHooks:
                 hook.set_weights(plan.hooks[name].weight, plan.hooks[name].bias)
 
     def partials(self, plan: ScoringPlan, n_tokens: int) -> list[Tensor]:
-        """Partial logits of the last forward pass by hook point of the plan, each [1 n_tokens columns], not copied."""
+        """Partial readings of the last forward pass by hook point of the plan, each [1 n_tokens columns], not copied."""
         found = [(self.by_name[name].output, len(hook.bias)) for name, hook in plan.hooks.items()]
         return [output[:n_tokens, :columns].unsqueeze(0) for output, columns in found]
 

@@ -79,7 +79,7 @@ def check_loaded(answers: Sequence[bytes], plan: ScoringPlan) -> bool:
 
 def check_agreement(states: Sequence[wire.State]) -> None:
     """EngineError where two workers have computed different scores for the same tokens, as a faulty device would."""
-    found = [state.first_scores for state in states if state.first_scores]
+    found = [state.first_readings for state in states if state.first_readings]
     for other in found[1:]:
         if any(abs(one - two) > 1e-3 * max(1.0, abs(one)) for one, two in zip(found[0], other, strict=True)):
             raise EngineError(f"workers disagree on the scores of the first tokens: {found[0][:4]} and {other[:4]}.")

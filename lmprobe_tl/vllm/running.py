@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmprobe_tl.heads import ReadoutHead
 from lmprobe_tl.live.scoring_plan import ReductionGroup, ScoringPlan
 from lmprobe_tl.online import OnlineReduction
 
@@ -74,7 +75,10 @@ class RunningScores:
         scores = self._plan.token_logits(read)
 
         def update(online: OnlineReduction, group: ReductionGroup, z: Tensor) -> Tensor:
-            return online.update_rows(which, z, known if group.reduction.counts_bos else past_bos)
+            counted = known if group.reduction.counts_bos else past_bos
+            if isinstance(group.head, ReadoutHead):  # steep powers may overflow, of readings that are finite
+                counted = counted & z.isfinite().all(dim=-1)
+            return online.update_rows(which, z, counted)
 
         values = self._plan.advance(self._online, read, scores, update).numpy()
         self._note_crossings(rows, scores.numpy(), values, positions)

@@ -1,4 +1,4 @@
-"""Scores by slot of the KV cache, so that a token which the prefix cache serves has the score that was computed with it."""
+"""Readings by slot of the KV cache, so that a token which the prefix cache serves has those that were computed with it."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Packet(msgspec.Struct):
 
 class State(msgspec.Struct):
     """Tokens scored and unknown, requests with an alarm; open requests, finished ones nobody fetched, pages held; and some
-    scores of the first step."""
+    readings of the first step."""
 
     n_scored: int
     n_unknown: int
@@ -87,7 +87,7 @@ class State(msgspec.Struct):
     n_open: int
     n_finished: int
     n_pages: int
-    first_scores: list[float]
+    first_readings: list[float]
 
 
 class Collect(msgspec.Struct):

@@ -22,7 +22,7 @@ from lmprobe_tl.vllm.runtime import RequestScores, ScoreBook
 from lmprobe_tl.vllm.steps import CacheLayout, Step
 from lmprobe_tl.vllm.structure import Structure
 
-_FIRST_SCORES = 16  # of the first step, which all tensor ranks must agree on
+_FIRST_READINGS = 16  # readings of the first step, on which all tensor ranks must agree
 
 
 class ProbeWorker(_compat.worker_base()):  # type: ignore[misc]
@@ -87,7 +87,7 @@ class ProbeWorker(_compat.worker_base()):  # type: ignore[misc]
         self._probes.publish(payload)
 
     def lmprobe_state(self) -> bytes:
-        """Counts and sizes, and some of the first scores, on which all tensor ranks must agree."""
+        """Counts and sizes, and some of the first readings, on which all tensor ranks must agree."""
         return self._probes.state()
 
     def lmprobe_collect(self, payload: bytes) -> None:
@@ -112,7 +112,7 @@ class WorkerProbes:
         self._device = device
         self._book: ScoreBook | None = None
         self._fired = np.zeros(len(self._hooks.by_name), dtype=np.int64)
-        self._first_scores: list[float] | None = None
+        self._first_readings: list[float] | None = None
         self._n_steps = 0
         self._ends: dict[str, tuple[int, int]] = {}  # step of the alarm, and token that ends the request
         self._plan: ScoringPlan | None = None
@@ -140,7 +140,7 @@ class WorkerProbes:
             )
         with self._lock:
             self._drain(wait_for=self._n_steps)
-            self._plan, self._first_scores = None, None
+            self._plan, self._first_readings = None, None
             if here:
                 self._hooks.set_weights(plan)
                 self._plan = plan
@@ -155,20 +155,20 @@ class WorkerProbes:
         return None if self._plan is None else _compat.step_of(scheduler_output)
 
     def end_step(self, step: Step | None) -> None:
-        """After the forward pass: have its scores copied to the host, and work on those that have arrived."""
-        if step is None or self._plan is None or not (self.reports or self._first_scores is None):
+        """After the forward pass: have its readings copied to the host, and work on those that have arrived."""
+        if step is None or self._plan is None or not (self.reports or self._first_readings is None):
             return
         scored = None
         if step.n_tokens:
-            logits = self._plan.combine(self._hooks.partials(self._plan, step.n_tokens), self._device)[0]
-            scored = _OnItsWay(_compat.batch_order(self._runner), logits, self._hooks.fires)
+            readings = self._plan.combine(self._hooks.partials(self._plan, step.n_tokens), self._device)[0]
+            scored = _OnItsWay(_compat.batch_order(self._runner), readings, self._hooks.fires)
         with self._lock:
             self._n_steps += 1
             self._waiting.append((self._n_steps, step, scored))
             self._drain(wait_for=0)
 
     def _drain(self, *, wait_for: int) -> None:
-        """Work on the steps whose scores have arrived, in order; wait for those up to number `wait_for`."""
+        """Work on the steps whose readings have arrived, in order; wait for those up to number `wait_for`."""
         while self._waiting:
             number, step, scored = self._waiting[0]
             if number > wait_for and scored is not None and not scored.has_arrived():
@@ -180,14 +180,14 @@ class WorkerProbes:
                 self._book.begin_step(step)
             if scored is None:
                 continue
-            logits, fires = scored.arrived()
+            readings, fires = scored.arrived()
             if (fires[: len(self._hooks.by_name)] <= self._fired).any():
-                logits = np.full_like(logits, np.nan)  # a graph without the hook ran: what the buffer holds is old
+                readings = np.full_like(readings, np.nan)  # a graph without the hook ran: what the buffer holds is old
             self._fired = fires[: len(self._hooks.by_name)]
-            if self._first_scores is None:
-                self._first_scores = logits.ravel()[:_FIRST_SCORES].tolist()
+            if self._first_readings is None:
+                self._first_readings = readings.ravel()[:_FIRST_READINGS].tolist()
             if self._book is not None:
-                self._book.end_step(step, scored.order, logits)
+                self._book.end_step(step, scored.order, readings)
                 for request_id, token in self._book.ends.items():
                     self._ends.setdefault(request_id, (number, token))
                 self._ends = {name: end for name, end in self._ends.items() if name in self._book.ends}
@@ -247,18 +247,20 @@ class WorkerProbes:
             book = self._book
             held = (0, 0, 0) if book is None else book.n_held
             counts = (0, 0, 0) if book is None else (book.n_scored, book.n_unknown, book.n_alarms)
-        return wire.encode(wire.State(*counts, *held, self._first_scores or []))
+        return wire.encode(wire.State(*counts, *held, self._first_readings or []))
 
 
 class _OnItsWay:
-    """Logits [n_tokens n_columns] and counters of a step, being copied to the host."""
+    """Readings [n_tokens n_readings] and counters of a step, being copied to the host."""
 
-    def __init__(self, order: list[str], logits: Tensor, fires: Tensor) -> None:
+    def __init__(self, order: list[str], readings: Tensor, fires: Tensor) -> None:
         self.order, self._event = order, None
-        if logits.device.type == "cpu":
-            self._logits, self._fires = logits.clone(), fires.clone()
+        if readings.device.type == "cpu":
+            self._readings, self._fires = readings.clone(), fires.clone()
             return
-        self._logits = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True).copy_(logits, non_blocking=True)
+        self._readings = torch.empty(readings.shape, dtype=readings.dtype, pin_memory=True).copy_(
+            readings, non_blocking=True
+        )
         self._fires = torch.empty(fires.shape, dtype=fires.dtype, pin_memory=True).copy_(fires, non_blocking=True)
         self._event = torch.cuda.Event()
         self._event.record()
@@ -269,7 +271,7 @@ class _OnItsWay:
     def arrived(self) -> tuple[np.ndarray, np.ndarray]:
         if self._event is not None:
             self._event.synchronize()
-        return self._logits.numpy(), self._fires.numpy()
+        return self._readings.numpy(), self._fires.numpy()
 
 
 def _as_wire(scores: RequestScores | None) -> wire.Scores:

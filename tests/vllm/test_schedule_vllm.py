@@ -135,7 +135,7 @@ def test_an_output_does_not_wait_for_the_step_after_its_own(monkeypatch: pytest.
 
     worker = WorkerProbes.__new__(WorkerProbes)
     fields = {"_lock": threading.Lock(), "_book": None, "_hooks": SimpleNamespace(by_name=["hook"]), "_ends": {}}
-    fields |= {"_fired": np.zeros(1, dtype=np.int64), "_first_scores": None, "_n_steps": 3}
+    fields |= {"_fired": np.zeros(1, dtype=np.int64), "_first_readings": None, "_n_steps": 3}
     steps = [OnItsWay() for _ in range(3)]
     fields["_waiting"] = deque((number, None, one) for number, one in enumerate(steps, start=1))
     for name, value in fields.items():
