@@ -221,7 +221,9 @@ def test_a_head_that_overflows_counts_as_unknown_for_its_own_probe_alone() -> No
     plan = ScoringPlan([steep, flat])
     running = RunningScores(plan)
     running.begin(0)
-    readings = np.ones((1, 3, plan.n_readings), dtype=np.float32) * np.array([1, 1e10, 1], dtype=np.float32)[:, None]
+    read = torch.ones(1, 3, 80) * torch.tensor([1, 1e10, 1])[:, None]
+    readings = plan.combine([read], torch.device("cpu")).numpy()
+    assert plan.n_readings == 2, "one logit is kept of a token, not all that the polynomial reads"
     values = running.update(np.array([0]), readings, np.arange(3)[None], np.zeros((1, 3), bool))[0]
     np.testing.assert_allclose(values[:, plan.columns["p"]][:, 0], 0.0)
     np.testing.assert_allclose(values[:, plan.columns["q"]][:, 0], [1.0, 1e10, 1e10])

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lmprobe_tl.heads import Head, LinearHead, SequenceHead
+from lmprobe_tl.heads import Head, LinearHead, ReadoutHead, SequenceHead
 from lmprobe_tl.live.records import Escalate
 from lmprobe_tl.live.reduction import LiveReduction, live_reduction, sigmoid
 from lmprobe_tl.live.watches import watches_of
@@ -52,10 +52,14 @@ class HookColumns:
 class ReductionGroup:
     """Output columns side by side that the same reduction and the same head make: probe `p` has `places[p]` among them.
 
-    readings: which of the plan's readings they come from; those of a linear head are its logits.
+    read: which of all numbers that are read off a token are theirs. readout: what makes logits of these at once, for heads
+    that need them no longer. readings: what is kept of a token then, among the plan's readings; head: what makes logits of
+    these, a linear one where they are logits.
     """
 
     reduction: LiveReduction
+    read: slice
+    readout: ReadoutHead | None
     head: Head
     readings: slice
     columns: slice
@@ -124,14 +128,17 @@ class ScoringPlan:
         }
         self.n_columns = self.groups[-1].columns.stop
         self.n_readings = self.groups[-1].readings.stop
+        self._n_read = self.groups[-1].read.stop
+        self._has_readout = any(group.readout is not None for group in self.groups)
         self._readings_are_logits = all(isinstance(group.head, LinearHead) for group in self.groups)
         hook_names = dict.fromkeys(name for weights in probes for name in weights.hook_points)
         self.hooks = {name: self._hook_columns(name) for name in hook_names}
         starts = {name: columns.start for name, columns in self.columns.items()}
         self.watches = watches_of(self.probes, starts, self.reductions, cascades or {}, self.n_columns)
-        # The reading that each column of the matrices, side by side, is part of; each once and in order is the usual case.
+        # The number read off a token that each column of the matrices, side by side, is part of; each once and in order is
+        # the usual case.
         order = torch.cat([hook.columns for hook in self.hooks.values()])
-        self._straight = torch.equal(order, torch.arange(self.n_readings))
+        self._straight = torch.equal(order, torch.arange(self._n_read))
         self._order = {order.device: order}
 
     def _groups(self) -> list[ReductionGroup]:
@@ -140,14 +147,16 @@ class ScoringPlan:
             probe = self.probes[name]
             members.setdefault((reduction, probe.head, probe.n_classes), []).append(name)
         groups: list[ReductionGroup] = []
-        start = read = 0
+        start = first_read = first_kept = 0
         for (reduction, head, n_classes), names in members.items():
-            width = head.n_outputs
+            width, n = head.n_outputs, len(names)
             places = {name: slice(at * width, (at + 1) * width) for at, name in enumerate(names)}
-            columns = slice(start, start + width * len(names))
-            readings = slice(read, read + head.n_readings * len(names))
-            groups.append(ReductionGroup(reduction, head, readings, columns, n_classes, places))
-            start, read = columns.stop, readings.stop
+            columns, read = slice(start, start + width * n), slice(first_read, first_read + head.n_readings * n)
+            readout = head if isinstance(head, ReadoutHead) and not reduction.on_readings else None
+            kept_head = head if readout is None else LinearHead(width)
+            kept = slice(first_kept, first_kept + kept_head.n_readings * n)
+            groups.append(ReductionGroup(reduction, read, readout, kept_head, kept, columns, n_classes, places))
+            start, first_read, first_kept = columns.stop, read.stop, kept.stop
         return groups
 
     def _hook_columns(self, hook_name: str) -> HookColumns:
@@ -164,9 +173,9 @@ class ScoringPlan:
         return HookColumns(weight, torch.cat(biases), torch.cat(columns))
 
     def _readings_of(self, name: str) -> Tensor:
-        """Which of the plan's readings are those of a probe, in the order of its direction's rows."""
+        """Which of the numbers read off a token are those of a probe, in the order of its direction's rows."""
         group, n_readings = self.group_of(name), self.probes[name].spec.n_readings
-        first = group.readings.start + list(group.places).index(name) * n_readings
+        first = group.read.start + list(group.places).index(name) * n_readings
         return torch.arange(first, first + n_readings)
 
     def group_of(self, name: str) -> ReductionGroup:
@@ -175,7 +184,18 @@ class ScoringPlan:
 
     def combine(self, partials: Sequence[Tensor], device: torch.device) -> Tensor:
         """Partial readings of all hook points, each [batch pos columns], in the order of `hooks` -> readings [batch pos
-        n_readings]."""
+        n_readings], which are logits already where a head gives each token its own."""
+        read = self._side_by_side(partials, device)
+        if not self._has_readout:
+            return read
+        parts = [read[..., group.read] for group in self.groups]
+        made = (
+            part if group.readout is None else group.readout.token_logits(part)
+            for group, part in zip(self.groups, parts, strict=True)
+        )
+        return torch.cat(list(made), dim=-1)
+
+    def _side_by_side(self, partials: Sequence[Tensor], device: torch.device) -> Tensor:
         if len(partials) == 1 and self._straight:
             return partials[0].to(device)
         side_by_side = torch.cat([partial.to(device) for partial in partials], dim=-1)
@@ -183,7 +203,7 @@ class ScoringPlan:
             return side_by_side
         if device not in self._order:  # moved once: a copy in every step would wait for the device
             self._order[device] = next(iter(self._order.values())).to(device)
-        empty = side_by_side.new_zeros(*side_by_side.shape[:-1], self.n_readings)
+        empty = side_by_side.new_zeros(*side_by_side.shape[:-1], self._n_read)
         return empty.index_add(-1, self._order[device], side_by_side)
 
     def token_logits(self, readings: Tensor) -> Tensor:

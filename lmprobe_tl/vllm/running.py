@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmprobe_tl.heads import ReadoutHead
 from lmprobe_tl.live.scoring_plan import ReductionGroup, ScoringPlan
 from lmprobe_tl.online import OnlineReduction
 
@@ -33,6 +32,11 @@ class RunningScores:
         self._plan = plan
         self._n_rows = _FIRST_ROWS
         self._online = [group.make_online(_FIRST_ROWS) for group in plan.groups]
+        # What a token is known by for all probes; None for all readings. A readout may fail for its own probe alone.
+        of_all = torch.ones(plan.n_readings, dtype=torch.bool)
+        for group in plan.groups:
+            of_all[group.readings] = group.readout is None
+        self._shared = None if of_all.all() else of_all.nonzero()[:, 0]
         watches = plan.watches
         columns = range(plan.n_columns) if watches.columns is None else watches.columns.tolist()
         self._lines = np.array(list(columns), dtype=np.int64)[: watches.n_positive]
@@ -70,14 +74,15 @@ class RunningScores:
         new].
         """
         read, which = torch.from_numpy(readings), torch.from_numpy(rows)
-        known = read.isfinite().all(dim=-1)
+        finite = read.isfinite()
+        known = finite.all(dim=-1) if self._shared is None else finite[..., self._shared].all(dim=-1)
         past_bos = known & ~torch.from_numpy(is_bos)
         scores = self._plan.token_logits(read)
 
         def update(online: OnlineReduction, group: ReductionGroup, z: Tensor) -> Tensor:
             counted = known if group.reduction.counts_bos else past_bos
-            if isinstance(group.head, ReadoutHead):  # steep powers may overflow, of readings that are finite
-                counted = counted & z.isfinite().all(dim=-1)
+            if group.readout is not None:  # steep powers may overflow, of readings that are finite
+                counted = counted & finite[..., group.readings].all(dim=-1)
             return online.update_rows(which, z, counted)
 
         values = self._plan.advance(self._online, read, scores, update).numpy()
