@@ -141,6 +141,12 @@ def bootstrap_interval(
     return resamples.interval(value, values)
 
 
+def limit_without_failure(n: int, confidence: float) -> float:
+    """What the chance of a success is at least, at this confidence, where n independent trials had no failure:
+    (1 - confidence)^(1 / n) (Hanley and Lippman-Hand 1983). Resamples of such trials are all the same and tell nothing."""
+    return (1 - confidence) ** (1 / n)
+
+
 def check_bootstrap(n_bootstrap: int, confidence: float) -> None:
     """InputError for a number of resamples or a confidence that a bootstrap cannot use."""
     if n_bootstrap < 1 or not 0.0 < confidence < 1.0:

@@ -58,7 +58,7 @@ class ControlReport(Record):
     """A control on the judged examples. differences: the probe's metric less the control's, on the same resamples.
 
     draws: AUROC of each draw of a random control, whose `metrics` are mean AUROC and accuracy over the draws.
-    above_chance: of shuffled labels, mean AUROC less 0.5 with a 99 % t interval over the draws. scores: as in
+    above_chance: of 8 and more shuffles, mean AUROC less 0.5 with a 99 % t interval over the draws. scores: as in
     `ExampleRecord`, where there is a single draw.
     """
 
@@ -190,7 +190,8 @@ class ProbeReport(SavedRecord):
 
     def __repr__(self) -> str:
         auroc = self.metrics["auroc"].value
-        return f"ProbeReport({self.probe!r}, {self.n_prompts} prompts, auroc={auroc:.3f}, {self.conclusion})"
+        shown = "none" if auroc is None else f"{auroc:.3f}"
+        return f"ProbeReport({self.probe!r}, {self.n_prompts} prompts, auroc={shown}, {self.conclusion})"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         return {"text/plain": self.table()}

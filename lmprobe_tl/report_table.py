@@ -37,7 +37,9 @@ def report_table(report: ProbeReport) -> str:
         blocks.append(_group_lines(report.groups, report.worst_group, report.worst_by))
     if report.shift is not None:
         blocks.append(_shift_lines(report.shift))
-    blocks.append([f"verdict: {report.conclusion}", *_wrapped(report.verdict, "  ")])
+    n_ran = len(report.controls)
+    share = f" ({n_ran} of {n_ran + len(report.left_out)} ran)" if n_ran and report.left_out else ""
+    blocks.append([f"verdict: {report.conclusion}{share}", *_wrapped(report.verdict, "  ")])
     if report.notes:
         blocks.append([line for note in report.notes for line in _wrapped(f"note: {note}", later="  ")])
     return "\n\n".join("\n".join(block) for block in blocks)
