@@ -207,7 +207,7 @@ def interval_of(one: Sampled, resamples: Resamples) -> Interval:
     without a failure or a success, and low and high are None where there is none such."""
     assert one.value is not None and one.values is not None
     found = resamples.interval(one.value, one.values)
-    if found.low is None:
+    if found.low is None or found.high is None:
         return found
     if one.interval is not None:
         return replace(found, low=one.interval[0], high=one.interval[1])

@@ -28,6 +28,7 @@ from lmprobe_tl.errors import InputError, PoolingMismatchWarning
 from lmprobe_tl.measures import Difference, Measure
 from lmprobe_tl.probe_evaluation import _above_chance
 from lmprobe_tl.probe_report import ControlReport
+from lmprobe_tl.report_table import _control_lines
 from lmprobe_tl.verdict import verdict
 
 QUICK: dict[str, Any] = {"n_bootstrap": 100, "n_draws": 8}
@@ -233,6 +234,17 @@ def test_few_shuffles_say_that_they_cannot_tell_leakage(llama: Tiny) -> None:
         report = evaluated(llama, with_a_word, controls=["shuffled_labels"], n_draws=n_draws)
         assert report.controls["shuffled_labels"].note == note
         assert (report.controls["shuffled_labels"].above_chance is None) is bool(note)
+
+
+@pytest.mark.parametrize(
+    ("share", "n_bootstrap", "says"),
+    [(0.0, 1000, "<0.001"), (0.0, 100, "<0.010"), (0.0, 10**6, "<0.001"), (0.01, 100, "0.010"), (0.5, 1000, "0.500")],
+)
+def test_no_resample_at_zero_is_not_a_chance_of_zero(share: float, n_bootstrap: int, says: str) -> None:
+    one = Measure(value=0.8, low=0.7, high=0.9, n=40)
+    difference = Difference(value=0.3, low=0.1, high=0.4, share_at_most_zero=share)
+    control = ControlReport(metrics={"auroc": one}, differences={"auroc": difference})
+    assert _control_lines({"length": control}, {}, n_bootstrap)[1].split()[-1] == says
 
 
 @pytest.mark.parametrize(("high", "says"), [(0.1, "may tell as much"), (-0.1, "tells as much"), (0.0, "tells as much")])
