@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
 
-from lmprobe_tl.bootstrap import Resamples, check_bootstrap
+from lmprobe_tl.bootstrap import Resamples, centre_interval, check_bootstrap
 from lmprobe_tl.controls import DRAWN, Control, ControlSetting, check_controls, run_controls
 from lmprobe_tl.hook_points import model_record
 from lmprobe_tl.judged_probe import JudgedProbe, inference_name, judged_probe
@@ -35,7 +34,7 @@ from lmprobe_tl.tokens import Prompt, Truncation, check_count, row_digest
 from lmprobe_tl.verdict import verdict
 
 _LEAK_CONFIDENCE = 0.99  # two-sided: one sound probe in 200 is called leaky
-_FEWEST_SHUFFLES = 8  # Shuffles of a sound probe may all end above 0.5, and be alike: one time in 2^8 with so many.
+_FEWEST_SHUFFLES = 8  # Shuffles of a sound probe may all end above 0.5: one time in 2^8 with so many.
 
 
 def evaluate_probe(
@@ -179,13 +178,13 @@ def _control_report(
 
 
 def _above_chance(areas: Sequence[float]) -> Difference | None:
-    """Mean AUROC less 0.5, with a t interval over the draws: each permutation is a fresh draw, the prompts are given."""
+    """Mean AUROC less 0.5, with an interval over the draws: each permutation is a fresh draw, the prompts are given. No t
+    interval: where one direction is strong, a shuffle decides but its sign, and AUROC is as far above 0.5 as below."""
     if len(areas) < _FEWEST_SHUFFLES:
         return None
-    mean, error = float(np.mean(areas)) - 0.5, float(np.std(areas, ddof=1)) / np.sqrt(len(areas))
-    half = float(student_t.ppf((1 + _LEAK_CONFIDENCE) / 2, len(areas) - 1)) * error
-    share = float((np.asarray(areas) <= 0.5).mean())
-    return Difference(value=mean, low=mean - half, high=mean + half, share_at_most_zero=share)
+    above = np.asarray(areas) - 0.5
+    low, high = centre_interval(above, _LEAK_CONFIDENCE)
+    return Difference(value=float(above.mean()), low=low, high=high, share_at_most_zero=float((above <= 0).mean()))
 
 
 def _by_group(

@@ -58,7 +58,7 @@ class ControlReport(Record):
     """A control on the judged examples. differences: the probe's metric less the control's, on the same resamples.
 
     draws: AUROC of each draw of a random control, whose `metrics` are mean AUROC and accuracy over the draws.
-    above_chance: of 8 and more shuffles, mean AUROC less 0.5 with a 99 % t interval over the draws. scores: as in
+    above_chance: of 8 and more shuffles, mean AUROC less 0.5 with a 99 % interval over the draws. scores: as in
     `ExampleRecord`, where there is a single draw.
     """
 

@@ -182,15 +182,15 @@ def test_shuffled_labels_that_do_not_fall_to_chance_are_leakage(llama: Tiny) -> 
 
 def test_sound_probes_are_rarely_called_leaky() -> None:
     rng = np.random.default_rng(0)
-    alarms = sum(_above_chance(rng.normal(0.5, 0.12, 10)).is_above_zero for _ in range(1000))
-    assert alarms < 15
+    for n_draws in (8, 10, 30):
+        assert sum(_above_chance(rng.normal(0.5, 0.12, n_draws)).is_above_zero for _ in range(1000)) < 13, n_draws
     # One strong direction, on which a shuffle decides but the sign, as mass_mean often has it.
-    signs = np.where(rng.random((1000, 10)) < 0.5, -1, 1) * rng.normal(0.48, 0.005, (1000, 10)) + 0.5
-    for n_draws in (3, 5, 8):
+    signs = np.where(rng.random((1000, 30)) < 0.5, -1, 1) * rng.normal(0.48, 0.005, (1000, 30)) + 0.5
+    for n_draws in (3, 5, 8, 10, 30):
         found = [_above_chance(areas[:n_draws]) for areas in signs]
-        assert sum(one is not None and one.is_above_zero for one in found) < 15, n_draws
+        assert sum(one is not None and one.is_above_zero for one in found) < 13, n_draws
     assert _above_chance(signs[0, :7]) is None
-    assert _above_chance(rng.normal(0.7, 0.12, 10)).is_above_zero
+    assert sum(_above_chance(rng.normal(0.7, 0.12, 10)).is_above_zero for _ in range(100)) > 90
 
 
 def test_judged_prompts_that_were_trained_on_are_leakage(llama: Tiny) -> None:
