@@ -164,6 +164,14 @@ class KnowsTheAnswer(ClassifierMixin, BaseEstimator):
         return self.classes_[(self.decision_function(features) > 0).astype(int)]
 
 
+def test_the_open_sign_of_ccs_is_noted(llama: Tiny) -> None:
+    train, test = in_another_order(60, 0), with_a_word(40, 1)
+    for name, says in (("ccs", "an AUROC far below 0.5 here tells as much as one above"), ("mass_mean", "")):
+        probe = fitted(llama, train, pooling="mean", classifier=name)
+        report = evaluate_probe(probe, *test, train=train, controls=["layer_0"], **QUICK)
+        assert report.controls["layer_0"].note.endswith(says) and bool(report.controls["layer_0"].note) is bool(says)
+
+
 def test_shuffled_labels_that_do_not_fall_to_chance_are_leakage(llama: Tiny) -> None:
     train, test = with_a_word(60, 0), with_a_word(60, 1)
     honest = fitted(llama, train)
