@@ -200,11 +200,14 @@ def _by_group(
 
 
 def _worst(groups: Mapping[str, GroupReport]) -> tuple[str | None, str | None]:
-    """The group with the lowest metric, of those with an interval or else of all, and which metric."""
+    """The group with the lowest metric, of those with an interval or else of all, and which metric; None where all are
+    equal."""
     for metric in ("auroc", "accuracy"):
         values = {name: one.metrics[metric].value for name, one in groups.items()}
         known = {name: value for name, value in values.items() if value is not None}
         sure = {name: value for name, value in known.items() if groups[name].metrics[metric].low is not None} or known
+        if len(known) > 1 and len(set(known.values())) == 1:
+            return None, None
         if len(known) > 1:
             return min(sure, key=sure.__getitem__), metric
     return None, None

@@ -140,7 +140,8 @@ class ProbeReport(SavedRecord):
 
     class_counts, n_examples: of prompts, or of tokens where `level` is 'token'. left_out: why controls did not run, by name.
     n_trained_on: how many of the judged prompts are training prompts too; None where these are not known.
-    worst_group: that with the lowest `worst_by`: AUROC, or accuracy where no two groups have an AUROC.
+    worst_group: that with the lowest `worst_by`: AUROC, or accuracy where no two groups have an AUROC; None where all are
+    equal.
     conclusion: what `verdict` says, in two or three words. notes: what else a reader should know.
     """
 

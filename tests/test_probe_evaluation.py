@@ -292,6 +292,15 @@ def test_a_group_that_leaks_does_not_hide_the_others(llama: Tiny) -> None:
     assert (report.groups["hard"].n_prompts, report.groups["hard"].n_examples) == (60, 60)
 
 
+def test_of_groups_that_are_equal_none_is_the_worst(llama: Tiny) -> None:
+    train, test = with_a_word(60, 0), with_a_word(60, 1)
+    twice, groups = (test[0] * 2, test[1] * 2), ["a"] * 60 + ["b"] * 60
+    report = evaluate_probe(fitted(llama, train), *twice, controls=None, groups=groups, **QUICK)
+    assert len({one.metrics["auroc"].value for one in report.groups.values()}) == 1
+    assert (report.worst_group, report.worst_by) == (None, None)
+    assert "worst" not in report.table()
+
+
 def test_a_group_that_gives_the_label_away_is_a_control(llama: Tiny) -> None:
     train, test = with_a_word(60, 0), with_a_word(60, 1)
     sources = [("forum" if label else "news") if at % 10 else "mixed" for at, label in enumerate(train[1])]
