@@ -3,6 +3,14 @@
 Runs offline on the embedded model; replace `load_demo_model()` by a TransformerBridge of your own.
 """
 
+import bisect
+import cmd
+import code
+import inspect
+import queue
+import sched
+import shelve
+
 import torch
 
 from lmprobe_tl import Probe, ablate, steer
@@ -24,11 +32,7 @@ PROSE = [
     '"""Read a file."""\n',
     "# Not used any more\n",
 ]
-TEXT = '''def size(self):
-    """Return the number of items in the queue."""
-    with self.lock:
-        return len(self.items)
-'''
+TEXTS = [inspect.getsource(module)[:400] for module in (queue, sched, shelve, cmd, bisect, code)]
 
 model = load_demo_model()
 probe = Probe(model, hook_points=3, pooling="all", classifier="mass_mean", random_state=0, name="prose")
@@ -42,15 +46,15 @@ for coefficient in (-8.0, 0.0, 8.0):
         output = model.generate(prompt, max_new_tokens=16, do_sample=False, verbose=False, return_type="tokens")
     print(f"logit {coefficient:+.0f}: {model.tokenizer.decode(output[0, prompt.shape[1] :])!r}")
 
-# Ablation: how much worse the model predicts, next to what as large a change in a random direction does. One text is only
-# enough to show how it is done.
-tokens = model.to_tokens(TEXT)
+# Ablation: how much worse the model predicts, next to what as large a change in a random direction does.
+rows = [model.to_tokens(text) for text in TEXTS]
 
 
 def loss() -> float:
+    """Mean loss of a next token over all texts."""
     with torch.no_grad():
-        logits = model(tokens)
-    return float(torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]))
+        losses = [torch.nn.functional.cross_entropy(model(row)[0, :-1], row[0, 1:], reduction="none") for row in rows]
+    return float(torch.cat(losses).mean())
 
 
 plain = loss()
@@ -60,6 +64,6 @@ print(change[hook_point])
 print(f"loss {plain:.3f}; with the direction taken out {ablated:.3f}")
 
 torch.manual_seed(0)
-for _ in range(3):
+for _ in range(5):
     with steer(model, torch.randn(192), coefficient=change[hook_point].mean_norm, hook_points=hook_point):
         print(f"    with as large a change in a random direction {loss():.3f}")

@@ -16,6 +16,7 @@ Array: TypeAlias = NDArray[np.float64]
 Metric: TypeAlias = Callable[..., float]  # (labels, scores) -> float, or (labels, scores, sample_weight=...) -> float
 
 _FEWEST_GROUPS = 5
+_MOST_VALUES = 12  # whose subsets are all taken
 _ELEMENTS_AT_ONCE = 2**18  # of a block of weights: 2 MiB, which a core's cache holds
 
 
@@ -139,6 +140,32 @@ def bootstrap_interval(
     for row in np.flatnonzero(resamples.usable):
         values[row] = _resampled(metric, labels, scores, resamples.times[row][resamples.group_index])
     return resamples.interval(value, values)
+
+
+def limit_without_failure(n: int, confidence: float) -> float:
+    """What the chance of a success is at least, at this confidence, where n independent trials had no failure:
+    (1 - confidence)^(1 / n) (Hanley and Lippman-Hand 1983). Resamples of such trials are all the same and tell nothing."""
+    return (1 - confidence) ** (1 / n)
+
+
+def centre_interval(values: ArrayLike, confidence: float) -> tuple[float, float]:
+    """Interval of the centre that independent values [n] are symmetric about, whatever their distribution, two-peaked too.
+
+    The means of all subsets divide the line into parts that hold the centre equally often (typical values, Hartigan 1969);
+    of many values a random selection of subsets does. InputError for too few values: that takes 2^n >= 2 / (1 - confidence).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    if n <= _MOST_VALUES:
+        chosen = (np.arange(1, 2**n)[:, None] >> np.arange(n)) & 1
+    else:
+        chosen = np.random.default_rng(0).integers(2, size=(2**_MOST_VALUES - 1, n))
+        chosen = chosen[chosen.any(axis=1)]
+    means = np.sort(chosen @ values / chosen.sum(axis=1))
+    n_outside = int((1 - confidence) / 2 * (len(means) + 1) + 1e-9)
+    if n_outside < 1:
+        raise InputError(f"{n} values have no interval at a confidence of {confidence:g}; give more.")
+    return float(means[n_outside - 1]), float(means[-n_outside])
 
 
 def check_bootstrap(n_bootstrap: int, confidence: float) -> None:

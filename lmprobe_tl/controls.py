@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.estimators import own_pooling
+from lmprobe_tl.estimators import make_classifier, own_pooling
 from lmprobe_tl.estimators.baselines import RandomDirectionClassifier, make_length_classifier, shares_by_group
+from lmprobe_tl.estimators.ccs import CcsClassifier
 from lmprobe_tl.estimators.fitting import logits_of, probabilities_of
+from lmprobe_tl.estimators.pairs import last_step
 from lmprobe_tl.judged_probe import JudgedProbe
 from lmprobe_tl.labelled_prompts import LabelledPrompts
 from lmprobe_tl.labels import are_token_labels
@@ -27,6 +29,7 @@ from lmprobe_tl.token_bag import make_token_bag
 Array = NDArray[Any]
 
 EMBEDDING = "blocks.0.hook_resid_pre"
+_SIGNLESS = "the votes of pairs decided the sign of 'ccs': an AUROC far below 0.5 here tells as much as one above"
 _NEEDS_TRAINING = "needs the training prompts (train)"
 
 
@@ -218,7 +221,9 @@ def _layer_0(setting: ControlSetting) -> _Refit:
         raise _ImpossibleError(_NEEDS_TRAINING)
     if setting.probe.hook_names == (EMBEDDING,):
         raise _ImpossibleError("the probe itself reads the embedding")
-    recipe = Recipe(clone(setting.probe.recipe).set_params(hook_points=EMBEDDING), setting.train)
+    unfitted = clone(setting.probe.recipe).set_params(hook_points=EMBEDDING)
+    learner = last_step(make_classifier(unfitted.classifier, unfitted.random_state))
+    recipe = Recipe(unfitted, setting.train, _SIGNLESS if isinstance(learner, CcsClassifier) else "")
     return _Refit([recipe.fitted()], recipe)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmprobe_tl.bootstrap import Interval, Resamples
-from lmprobe_tl.measures import Sampled, sampled_mean, sampled_ranks, tpr_name
+from lmprobe_tl.measures import interval_of, sampled_ranks, sampled_share, tpr_name
 from lmprobe_tl.metrics import auroc
 from lmprobe_tl.probe_spec import MetricRecord
 
@@ -18,7 +18,8 @@ class Evaluation:
 
     auroc: one-vs-rest macro mean with more than two classes. tpr_at_fpr: best true-positive rate whose false-positive rate
     does not exceed `fpr`; None with more than two classes. level: 'prompt', or 'token' where each token had a label.
-    Intervals come from a percentile bootstrap that draws whole prompts, in a sweep whole groups of prompts.
+    Intervals come from a percentile bootstrap that draws whole prompts, in a sweep whole groups of prompts;
+    where all is right, or all wrong, from the count alone (`limit_without_failure`).
     """
 
     auroc: Interval
@@ -64,14 +65,10 @@ def evaluate_scores(
     resamples = Resamples.drawn(labels, groups, n_bootstrap=n_bootstrap, confidence=confidence, random_state=random_state)
     ranks = sampled_ranks(np.unique(labels, return_inverse=True)[1], scores, resamples, [fpr])
 
-    def interval(one: Sampled) -> Interval:
-        assert one.value is not None and one.values is not None
-        return resamples.interval(one.value, one.values)
-
     return Evaluation(
-        auroc=interval(ranks["auroc"]),
-        accuracy=interval(sampled_mean(predicted == labels, resamples)),
-        tpr_at_fpr=interval(ranks[tpr_name(fpr)]) if scores.ndim == 1 else None,
+        auroc=interval_of(ranks["auroc"], resamples),
+        accuracy=interval_of(sampled_share(predicted == labels, resamples), resamples),
+        tpr_at_fpr=interval_of(ranks[tpr_name(fpr)], resamples) if scores.ndim == 1 else None,
         fpr=fpr,
         level=level,
         pooling=pooling,

@@ -18,6 +18,7 @@ from lmprobe_tl.hook_points import context_length, device_of, end_of_sequence_id
 from lmprobe_tl.live.records import Alarm, Escalate, OnCrossing, OnToken, first_alarms, verdicts_of
 from lmprobe_tl.live.run import LiveRun
 from lmprobe_tl.monitor import Monitor
+from lmprobe_tl.special_tokens import frame_ids
 from lmprobe_tl.tokens import Prompt, pad_id, pad_rows, tokenize_prompts
 
 
@@ -76,7 +77,8 @@ def monitored_generate(
     score_last_token: score the last sampled token too, by one more forward pass over the whole batch. Sampling follows
     the model's own `generate` and torch's global seed; `do_sample=False` is greedy.
 
-    Raises what `attach_probes` raises, and PromptTooLongError where prompt and new tokens exceed the model's context.
+    Raises what `attach_probes` raises, InputError for an encoder, and PromptTooLongError where prompt and new tokens exceed
+    the model's context.
 
     >>> results = monitored_generate(model, ["Dear diary,"], weights, max_new_tokens=64, stop=True)  # doctest: +SKIP
     >>> results[0].text, results[0].scores["deceit"], results[0].stopped_by  # doctest: +SKIP
@@ -91,6 +93,11 @@ def monitored_generate(
         if function is not None and not callable(function):
             raise InputError(f"{name} is {function!r}; expected a function of one {of}, or None.")
     model = load_model(model)
+    if frame_ids(model) is not None:
+        raise InputError(
+            "this model is an encoder, which generates nothing. Score whole texts with score_prompts, or run the model in "
+            "an attach_probes block."
+        )
     loaded = as_probes(probes)
     prepend = recorded_prepend_bos(loaded) if prepend_bos is None else prepend_bos
     rows = tokenize_prompts(model, prompts, prepend_bos=prepend, add_generation_prompt=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmprobe_tl.bootstrap import Array, Resamples
+from lmprobe_tl.bootstrap import Array, Interval, Resamples, limit_without_failure
 from lmprobe_tl.checked_record import Record, require
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.metrics import CalibrationBins, Ranking
@@ -64,6 +64,7 @@ class Sampled:
     values: Array | None
     note: str = ""
     interval: tuple[float, float] | None = None  # where it is not the percentiles of the values
+    n_trials: int | None = None  # how many independent trials all succeed where the value is 1, and all fail where it is 0
 
 
 def sampled_metrics(
@@ -74,7 +75,7 @@ def sampled_metrics(
     With more than two classes AUROC (one against the rest, the mean over classes) and accuracy alone have values.
     """
     found = {name: Sampled(None, None, note) for name, note in _undefined(examples, fprs, calibration).items()}
-    found["accuracy"] = sampled_mean(examples.predicted == examples.labels, resamples)
+    found["accuracy"] = sampled_share(examples.predicted == examples.labels, resamples)
     if "auroc" not in found:
         found |= sampled_ranks(examples.labels, examples.scores, resamples, [f for f in fprs if tpr_name(f) not in found])
     if "brier" not in found and calibration:
@@ -97,17 +98,26 @@ def sampled_ranks(
         return np.stack([curve.auroc(), curve.average_precision(), *(curve.tpr_at_fpr(fpr) for fpr in fprs)], axis=-1)
 
     value, values = measure(np.ones(len(labels))), resamples.measured(measure, ranking.order)
-    names = ["auroc", "auprc", *map(tpr_name, fprs)]
-    return {name: Sampled(float(value[at]), values[:, at]) for at, name in enumerate(names)}
+    n_of_class = _prompts_by_class(labels, resamples)
+    n_trials = {"auroc": min(n_of_class), "auprc": None} | dict.fromkeys(map(tpr_name, fprs), n_of_class[1])
+    return {name: Sampled(float(value[at]), values[:, at], n_trials=n) for at, (name, n) in enumerate(n_trials.items())}
 
 
 def sampled_auroc(labels: NDArray[np.int64], scores: Array, resamples: Resamples) -> Sampled:
     """As `sampled_ranks` gives it, in less time."""
     if scores.ndim == 2:
         columns = enumerate(scores.T)
-        return mean_of([sampled_auroc((labels == at).astype(np.int64), column, resamples) for at, column in columns])
+        areas = [sampled_auroc((labels == at).astype(np.int64), column, resamples) for at, column in columns]
+        return replace(mean_of(areas), n_trials=min(area.n_trials or 0 for area in areas))
     ranking = Ranking(labels == 1, scores)
-    return _sampled(lambda weight: ranking.curve(weight).auroc(), resamples, ranking.order)
+    area = _sampled(lambda weight: ranking.curve(weight).auroc(), resamples, ranking.order)
+    # The AUROC is the chance that a pair of a positive and a negative is in order; so many pairs share no prompt.
+    return replace(area, n_trials=min(_prompts_by_class(labels, resamples)))
+
+
+def sampled_share(hits: NDArray[Any], resamples: Resamples) -> Sampled:
+    """The share of examples that are hits [n_examples]."""
+    return replace(sampled_mean(hits, resamples), n_trials=resamples.n_groups)
 
 
 def sampled_mean(values: NDArray[Any], resamples: Resamples) -> Sampled:
@@ -176,15 +186,42 @@ def metric_records(
 def _measure(one: Sampled, resamples: Resamples) -> Measure:
     if one.value is None or one.values is None:
         return Measure(value=None, n=resamples.n_groups, note=one.note)
-    interval = resamples.interval(one.value, one.values)
-    low, high = interval.low, interval.high
-    if low is None:
-        return Measure(value=one.value, n=resamples.n_groups, note=one.note or "too few prompts for an interval")
-    low, high = one.interval or (low, high)
-    note = one.note
-    if low == high:
-        note = note or "all resamples are the same"
-    return Measure(value=one.value, low=low, high=high, n=resamples.n_groups, note=note)
+    interval = interval_of(one, resamples)
+    note = one.note or _interval_note(one, interval, resamples)
+    return Measure(value=one.value, low=interval.low, high=interval.high, n=resamples.n_groups, note=note)
+
+
+def _interval_note(one: Sampled, interval: Interval, resamples: Resamples) -> str:
+    spread = resamples.interval(interval.value, [] if one.values is None else one.values)
+    if spread.low is None:
+        return "too few prompts for an interval"
+    if spread.low != spread.high:
+        return ""
+    if interval.low is None:
+        return "no spread, so no interval"
+    return "all resamples are the same" if interval.low == interval.high else "no spread; limit from counts"
+
+
+def interval_of(one: Sampled, resamples: Resamples) -> Interval:
+    """The interval of a metric that has a value. Where all resamples show the best or the worst value, it is that of trials
+    without a failure or a success, and low and high are None where there is none such."""
+    assert one.value is not None and one.values is not None
+    found = resamples.interval(one.value, one.values)
+    if found.low is None or found.high is None:
+        return found
+    if one.interval is not None:
+        return replace(found, low=one.interval[0], high=one.interval[1])
+    if found.low < found.high or one.value not in (0.0, 1.0):
+        return found
+    if not one.n_trials:
+        return replace(found, low=None, high=None)
+    limit = limit_without_failure(one.n_trials, resamples.confidence)
+    return replace(found, low=limit, high=1.0) if one.value == 1.0 else replace(found, low=0.0, high=1.0 - limit)
+
+
+def _prompts_by_class(labels: NDArray[np.int64], resamples: Resamples) -> list[int]:
+    """How many resampled groups hold each of two classes."""
+    return [len(np.unique(resamples.group_index[labels == label])) for label in (0, 1)]
 
 
 def _undefined(examples: Scored, fprs: Sequence[float], calibration: bool) -> dict[str, str]:

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
 
-from lmprobe_tl.bootstrap import Resamples, check_bootstrap
+from lmprobe_tl.bootstrap import Resamples, centre_interval, check_bootstrap
 from lmprobe_tl.controls import DRAWN, Control, ControlSetting, check_controls, run_controls
 from lmprobe_tl.hook_points import model_record
 from lmprobe_tl.judged_probe import JudgedProbe, inference_name, judged_probe
@@ -24,8 +23,8 @@ from lmprobe_tl.measures import (
     mean_of,
     measures_of,
     sampled_auroc,
-    sampled_mean,
     sampled_metrics,
+    sampled_share,
 )
 from lmprobe_tl.probe_report import ControlReport, ExampleRecord, GroupReport, ProbeReport
 from lmprobe_tl.provenance import data_hash
@@ -35,6 +34,7 @@ from lmprobe_tl.tokens import Prompt, Truncation, check_count, row_digest
 from lmprobe_tl.verdict import verdict
 
 _LEAK_CONFIDENCE = 0.99  # two-sided: one sound probe in 200 is called leaky
+_FEWEST_SHUFFLES = 8  # Shuffles of a sound probe may all end above 0.5: one time in 2^8 with so many.
 
 
 def evaluate_probe(
@@ -73,7 +73,8 @@ def evaluate_probe(
     - 'length': logistic regression on the number of tokens; of a token, its place and the length of its prompt.
     - 'group': the shares of the classes in the training prompts of the same group; by default where there are groups.
     - 'random_direction': the mean of `n_draws` directions at the probe's hook points, with sign and scale fitted.
-    - 'shuffled_labels': the mean of `n_draws` refits on permuted training labels, which must fall to chance.
+    - 'shuffled_labels': the mean of `n_draws` refits on permuted training labels, which must fall to chance; with at
+      least 8 of them, more than chance is called leakage.
 
     Those that need `train` are left out, by name, without it; 'length' and 'random_direction', which learn next to nothing,
     are then fitted on the judged prompts, in their favour. The verdict goes by AUROC.
@@ -140,7 +141,7 @@ def evaluate_probe(
         worst_by=worst_by,
         conclusion=conclusion,
         verdict=text,
-        notes=(*subject.notes, *_notes(subject, taught)),
+        notes=(*subject.notes, *_notes(subject, given, taught)),
         n_bootstrap=n_bootstrap,
         n_draws=n_draws,
         confidence=confidence,
@@ -154,31 +155,36 @@ def _control_report(
 ) -> ControlReport:
     several = name in DRAWN
     if several:
-        areas = [sampled_auroc(one.labels, one.scores, resamples) for one in control.draws]
-        hits = [sampled_mean(one.predicted == one.labels, resamples) for one in control.draws]
+        has_all = probe["auroc"].value is not None
+        none = Sampled(None, None, probe["auroc"].note)
+        areas = [sampled_auroc(one.labels, one.scores, resamples) if has_all else none for one in control.draws]
+        hits = [sampled_share(one.predicted == one.labels, resamples) for one in control.draws]
         samples = {"auroc": mean_of(areas), "accuracy": mean_of(hits)}
     else:
         samples = sampled_metrics(control.draws[0], resamples, fprs, calibration=False)
         areas = []
     known = tuple(area.value for area in areas if area.value is not None)
+    notes = [control.note] if control.note else []
+    if name == "shuffled_labels" and len(control.draws) < _FEWEST_SHUFFLES:
+        notes.append(f"too few draws to tell leakage; it takes {_FEWEST_SHUFFLES}")
     return ControlReport(
         metrics=measures_of(samples, resamples),
         differences=differences_of(probe, samples, resamples),
         draws=known,
         above_chance=_above_chance(known) if name == "shuffled_labels" else None,
         scores=() if several else _columns(control.draws[0].scores),
-        note=control.note,
+        note="; ".join(notes),
     )
 
 
 def _above_chance(areas: Sequence[float]) -> Difference | None:
-    """Mean AUROC less 0.5, with a t interval over the draws: each permutation is a fresh draw, the prompts are given."""
-    if len(areas) < 3:
+    """Mean AUROC less 0.5, with an interval over the draws: each permutation is a fresh draw, the prompts are given. No t
+    interval: where one direction is strong, a shuffle decides but its sign, and AUROC is as far above 0.5 as below."""
+    if len(areas) < _FEWEST_SHUFFLES:
         return None
-    mean, error = float(np.mean(areas)) - 0.5, float(np.std(areas, ddof=1)) / np.sqrt(len(areas))
-    half = float(student_t.ppf((1 + _LEAK_CONFIDENCE) / 2, len(areas) - 1)) * error
-    share = float((np.asarray(areas) <= 0.5).mean())
-    return Difference(value=mean, low=mean - half, high=mean + half, share_at_most_zero=share)
+    above = np.asarray(areas) - 0.5
+    low, high = centre_interval(above, _LEAK_CONFIDENCE)
+    return Difference(value=float(above.mean()), low=low, high=high, share_at_most_zero=float((above <= 0).mean()))
 
 
 def _by_group(
@@ -194,11 +200,14 @@ def _by_group(
 
 
 def _worst(groups: Mapping[str, GroupReport]) -> tuple[str | None, str | None]:
-    """The group with the lowest metric, of those with an interval or else of all, and which metric."""
+    """The group with the lowest metric, of those with an interval or else of all, and which metric; None where all are
+    equal."""
     for metric in ("auroc", "accuracy"):
         values = {name: one.metrics[metric].value for name, one in groups.items()}
         known = {name: value for name, value in values.items() if value is not None}
         sure = {name: value for name, value in known.items() if groups[name].metrics[metric].low is not None} or known
+        if len(known) > 1 and len(set(known.values())) == 1:
+            return None, None
         if len(known) > 1:
             return min(sure, key=sure.__getitem__), metric
     return None, None
@@ -214,8 +223,12 @@ def _n_trained_on(subject: JudgedProbe, given: LabelledPrompts, taught: Labelled
     return sum(row_digest(row) in digests for row in subject.rows(given.prompts))
 
 
-def _notes(subject: JudgedProbe, taught: LabelledPrompts | None) -> list[str]:
+def _notes(subject: JudgedProbe, given: LabelledPrompts, taught: LabelledPrompts | None) -> list[str]:
+    digests = [row_digest(row) for row in subject.rows(given.prompts)]
+    n_repeated = len(digests) - len(set(digests))
     notes = []
+    if n_repeated:
+        notes.append(f"{n_repeated:,} of the judged prompts repeat another, so intervals are too narrow")
     if taught is not None and subject.training is not None:
         labels = taught.labels
         per_token = subject.recipe.poolings()[0] == "all"

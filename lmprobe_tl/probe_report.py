@@ -58,7 +58,7 @@ class ControlReport(Record):
     """A control on the judged examples. differences: the probe's metric less the control's, on the same resamples.
 
     draws: AUROC of each draw of a random control, whose `metrics` are mean AUROC and accuracy over the draws.
-    above_chance: of shuffled labels, mean AUROC less 0.5 with a 99 % t interval over the draws. scores: as in
+    above_chance: of 8 and more shuffles, mean AUROC less 0.5 with a 99 % interval over the draws. scores: as in
     `ExampleRecord`, where there is a single draw.
     """
 
@@ -142,7 +142,8 @@ class ProbeReport(SavedRecord):
 
     class_counts, n_examples: of prompts, or of tokens where `level` is 'token'. left_out: why controls did not run, by name.
     n_trained_on: how many of the judged prompts are training prompts too; None where these are not known.
-    worst_group: that with the lowest `worst_by`: AUROC, or accuracy where no two groups have an AUROC.
+    worst_group: that with the lowest `worst_by`: AUROC, or accuracy where no two groups have an AUROC; None where all are
+    equal.
     conclusion: what `verdict` says, in two or three words. notes: what else a reader should know.
     """
 
@@ -196,7 +197,8 @@ class ProbeReport(SavedRecord):
 
     def __repr__(self) -> str:
         auroc = self.metrics["auroc"].value
-        return f"ProbeReport({self.probe!r}, {self.n_prompts} prompts, auroc={auroc:.3f}, {self.conclusion})"
+        shown = "none" if auroc is None else f"{auroc:.3f}"
+        return f"ProbeReport({self.probe!r}, {self.n_prompts} prompts, auroc={shown}, {self.conclusion})"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         return {"text/plain": self.table()}

@@ -32,12 +32,14 @@ def report_table(report: ProbeReport) -> str:
     ]
     blocks = [about, metric_lines(report.metrics)]
     if report.controls or report.left_out:
-        blocks.append(_control_lines(report.controls, report.left_out))
+        blocks.append(_control_lines(report.controls, report.left_out, report.n_bootstrap))
     if report.groups:
         blocks.append(_group_lines(report.groups, report.worst_group, report.worst_by))
     if report.shift is not None:
         blocks.append(_shift_lines(report.shift))
-    blocks.append([f"verdict: {report.conclusion}", *_wrapped(report.verdict, "  ")])
+    n_ran = len(report.controls)
+    share = f" ({n_ran} of {n_ran + len(report.left_out)} ran)" if n_ran and report.left_out else ""
+    blocks.append([f"verdict: {report.conclusion}{share}", *_wrapped(report.verdict, "  ")])
     if report.notes:
         blocks.append([line for note in report.notes for line in _wrapped(f"note: {note}", later="  ")])
     return "\n\n".join("\n".join(block) for block in blocks)
@@ -70,14 +72,14 @@ def metric_words(name: str) -> str:
     return f"TPR at FPR {rate_of(name) * 100:g} %" if name.startswith("tpr_at_fpr_") else _WORDS[name]
 
 
-def _control_lines(controls: Mapping[str, ControlReport], left_out: Mapping[str, str]) -> list[str]:
+def _control_lines(controls: Mapping[str, ControlReport], left_out: Mapping[str, str], n_bootstrap: int) -> list[str]:
     lines = [f"  {'control':<{_NAME}}  AUROC  {'interval':<14}  {'probe - control':<23}  P(<=0)"]
     for name, one in controls.items():
         auroc, difference = one.metrics["auroc"], one.differences.get("auroc")
         value = "    -" if auroc.value is None else f"{auroc.value:.3f}"
         lines.append(
             f"  {name:<{_NAME}}  {value}  {interval_text(auroc.low, auroc.high):<14}  {signed_text(difference):<23}  "
-            f"{share_text(difference)}".rstrip()
+            f"{share_text(difference, n_bootstrap)}".rstrip()
         )
         if one.draws:
             lines.append(f"    mean of {len(one.draws)} draws, from {min(one.draws):.3f} to {max(one.draws):.3f}")
@@ -134,9 +136,12 @@ def signed_text(one: Difference | None) -> str:
     return f"{one.value:+.3f}" if one.low is None else f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
 
 
-def share_text(one: Difference | None) -> str:
+def share_text(one: Difference | None, n_bootstrap: int) -> str:
     """The share of resamples at 0 or below, or nothing where it is not known."""
-    return "" if one is None or one.share_at_most_zero is None else f"{one.share_at_most_zero:.3f}"
+    if one is None or one.share_at_most_zero is None:
+        return ""
+    least = max(1 / n_bootstrap, 0.001)  # so many resamples show no smaller one but 0
+    return f"<{least:.3f}" if one.share_at_most_zero < least else f"{one.share_at_most_zero:.3f}"
 
 
 def _wrapped(text: str, indent: str = "", *, later: str | None = None) -> list[str]:

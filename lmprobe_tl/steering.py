@@ -46,6 +46,8 @@ def steer(
     says whose logit is meant.
     hook_points: where to add it instead of the probe's own hook point; the whole coefficient at each. A tensor needs it.
     positions: 'all'; 'prompt'; or 'generated', the sampled tokens (the first of which still comes from an unchanged prompt).
+    Outside of `generate`, a forward pass over one column that goes on from a cache is generated, and so is the last column
+    of one without a cache that repeats the tokens of the pass before and adds it; all else is prompt.
     Pads never change, nor does a BOS with which a row begins, unless include_bos.
     strict: an error instead of a ModelMismatchWarning where a probe file names another model or tokenizer.
 

@@ -104,4 +104,6 @@ def _mean_auroc(labels: Array, columns: Array, sample_weight: Array | None = Non
         if len(np.unique(labels[member])) == n_classes:  # a resample may have lost a class in this fold
             scores = columns[member, 1:]
             found.append(auroc(labels[member], scores[:, 0] if scores.shape[1] == 1 else scores, weight[member]))
-    return float(np.mean(found)) if found else 0.5
+    if not found:
+        return 0.5 if sample_weight is None else float("nan")  # a resample that measures nothing is left out
+    return float(np.mean(found))

@@ -9,16 +9,15 @@ from lmprobe_tl.probe_report import Conclusion, ControlReport, GroupReport
 
 # What a control is called in a sentence, and what it means not to beat it.
 CONTROL_WORDS = {
-    "bag_of_words": ("the bag of words", "Which words a text holds tells as much, so the probe may read just these."),
-    "layer_0": ("the embedding (layer 0)", "The tokens by themselves tell as much; what the model computes adds nothing."),
-    "length": ("length alone", "How long a text is tells as much, so the probe may read just that."),
-    "group": ("the group alone", "Which group a prompt comes from tells as much, so the probe may read just the group."),
-    "random_direction": (
-        "random directions",
-        "Any direction at this hook point tells as much; this one is nothing special.",
-    ),
-    "shuffled_labels": ("shuffled labels", "A probe that learnt from wrong labels does as well."),
+    "bag_of_words": ("the bag of words", "Which words a text holds {tells} as much, so the probe may read just these."),
+    "layer_0": ("the embedding (layer 0)", "The tokens by themselves {tell} as much as what the model computes."),
+    "length": ("length alone", "How long a text is {tells} as much, so the probe may read just that."),
+    "group": ("the group alone", "Which group a prompt comes from {tells} as much, so the probe may read just the group."),
+    "random_direction": ("random directions", "Any direction at this hook point {tells} as much as the probe's."),
+    "shuffled_labels": ("shuffled labels", "A probe that learnt from wrong labels {does} as well."),
 }
+_IS_AS_GOOD = {"tells": "tells", "tell": "tell", "does": "does"}
+_MAY_BE_AS_GOOD = {"tells": "may tell", "tell": "may tell", "does": "may do"}
 
 
 def verdict(
@@ -40,7 +39,7 @@ def verdict(
     worst = None if worst_group is None else groups[worst_group].metrics["auroc"]
     if worst is not None and worst.low is not None and worst.low <= 0.5:
         band = _band(worst.value, worst.low, worst.high)
-        lines.append(f"In the group {worst_group!r} the probe is not above chance: AUROC {band}.")
+        lines.append(f"In the group {worst_group!r} the probe is not clearly above chance: AUROC {band}.")
     return conclusion, " ".join(lines)
 
 
@@ -49,12 +48,14 @@ def _conclusion(auroc: Measure, controls: Mapping[str, ControlReport], leaks: li
     unbeaten = {name: one for name, one in compared.items() if one.low is not None and not one.is_above_zero}
     lines = list(leaks)
     if auroc.low is not None and auroc.low <= 0.5:
-        lines.append(f"The probe is not above chance: AUROC {_band(auroc.value, auroc.low, auroc.high)}.")
+        lines.append(f"The probe is not clearly above chance: AUROC {_band(auroc.value, auroc.low, auroc.high)}.")
     if leaks:
         unbeaten.pop("shuffled_labels", None)  # said already
     lines += [_unbeaten(name, one, auroc, controls[name]) for name, one in unbeaten.items()]
     if lines:
         return "leakage" if leaks else "does not beat its controls", lines
+    if auroc.value is None:
+        return "undecided", [f"There is no AUROC to go by: {auroc.note}."]
     if not compared:
         return "undecided", ["No control ran, so nothing says whether the probe reads more than words, length or chance."]
     unknown = [name for name, one in compared.items() if one.low is None]
@@ -86,9 +87,11 @@ def _leaks(controls: Mapping[str, ControlReport], n_trained_on: int | None, n_pr
 
 def _unbeaten(name: str, difference: Difference, auroc: Measure, control: ControlReport) -> str:
     words, meaning = CONTROL_WORDS[name]
+    # An interval on both sides of 0 does not say that the control is as good.
+    verbs = _IS_AS_GOOD if difference.high is not None and difference.high <= 0 else _MAY_BE_AS_GOOD
     return (
         f"The probe does not beat {words}: AUROC {auroc.value:.3f} against {control.metrics['auroc'].value:.3f}, difference "
-        f"{_shown(difference)}. {meaning}"
+        f"{_shown(difference)}. {meaning.format(**verbs)}"
     )
 
 

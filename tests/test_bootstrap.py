@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from typing import Any
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score, roc_curve
 
-from lmprobe_tl.bootstrap import Interval, Resamples, bootstrap_interval
+from lmprobe_tl.bootstrap import Interval, Resamples, bootstrap_interval, centre_interval
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.measures import sampled_metrics
 from lmprobe_tl.metrics import auroc, calibration_error
@@ -129,3 +132,23 @@ def test_resamples_without_a_class_are_left_out_and_counted() -> None:
 def test_a_bootstrap_that_cannot_be_is_named() -> None:
     with pytest.raises(InputError, match="n_bootstrap >= 1 and 0 < confidence < 1, got 0"):
         Resamples.drawn([0, 1], [0, 1], n_bootstrap=0)
+
+
+@pytest.mark.parametrize("n", [8, 10, 15])
+def test_the_interval_of_a_centre_covers_it_whatever_the_distribution(n: int) -> None:
+    rng = np.random.default_rng(n)
+    draws: list[Any] = [rng.standard_normal, rng.standard_cauchy, lambda size: np.where(rng.random(size) < 0.5, -1.0, 1.0)]
+    for draw in draws:
+        found = [centre_interval(draw(n), 0.9) for _ in range(400)]
+        n_below, n_above = sum(high < 0 for _, high in found), sum(low > 0 for low, _ in found)
+        assert max(n_below, n_above) <= 0.05 * 400 + 13  # three standard deviations
+    normal = [centre_interval(rng.standard_normal(n), 0.9) for _ in range(400)]
+    assert sum(low > 0 for low, _ in normal) >= 0.05 * 400 - 13  # it is no wider than it has to be
+
+
+def test_the_interval_of_a_centre_is_made_of_the_means_of_subsets() -> None:
+    values = np.random.default_rng(0).standard_normal(5)
+    means = sorted(np.mean(one) for size in range(1, 6) for one in combinations(values, size))
+    assert centre_interval(values, 1 - 2 * 3 / 32) == pytest.approx((means[2], means[-3]))
+    with pytest.raises(InputError, match=r"5 values have no interval at a confidence of 0\.99; give more"):
+        centre_interval(values, 0.99)

@@ -10,10 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from lmprobe_tl import Probe, extract_activations, extract_to_store, load_probe, score_prompts
+from lmprobe_tl import (
+    Probe,
+    ablate,
+    attach_probes,
+    extract_activations,
+    extract_to_store,
+    load_probe,
+    monitored_generate,
+    score_prompts,
+    steer,
+)
 from lmprobe_tl.errors import EmptyMaskError, InputError
 from lmprobe_tl.special_tokens import bos_id, end_of_sequence_ids, frame_ids
-from lmprobe_tl.tokens import tokenize_prompts
+from lmprobe_tl.tokens import pad_rows, tokenize_prompts
 
 TEXTS = ["cats and dogs", "the model reads every word of a short line", "rain", "one more about music and light", "sun sun"]
 UNK, CLS, SEP = 1, 2, 3
@@ -109,6 +119,43 @@ def test_a_probe_on_an_encoder_is_saved_and_scores_the_same(bert: Any, tmp_path:
     assert (logits[:4] > 0).all() and (logits[4:8] < 0).all()
     scored = score_prompts(bert, texts, load_probe(probe.save(tmp_path / "probe.safetensors")))
     np.testing.assert_allclose(scored["probe"].scores, probe.predict_proba(texts)[:, 1], atol=1e-5)
+
+
+def test_live_scores_of_an_encoder_are_those_of_each_text_alone(bert: Any) -> None:
+    probe = Probe(bert, 1, "mean", random_state=0).fit_contrast(["cats", "dogs and cats"], ["rain", "sun and rain"]).weights_
+    rows = tokenize_prompts(bert, TEXTS)
+    tokens, mask = pad_rows(rows, pad_token_id=0)
+    with torch.no_grad():
+        with attach_probes(bert, probe) as monitor:
+            bert(tokens, attention_mask=mask)
+        for row, scores in zip(rows, monitor.token_scores("probe"), strict=True):
+            with attach_probes(bert, probe) as alone:
+                bert(torch.tensor([row]))
+            torch.testing.assert_close(scores, alone.token_scores("probe")[0], atol=1e-5, rtol=1e-4)
+            assert len(scores) == len(row)
+
+
+def test_an_encoder_is_steered_and_ablated_between_its_frame(bert: Any) -> None:
+    probe = Probe(bert, 1, "mean", random_state=0).fit_contrast(["cats", "dogs and cats"], ["rain", "sun and rain"]).weights_
+    rows = tokenize_prompts(bert, TEXTS)
+    tokens, mask = pad_rows(rows, pad_token_id=0)
+    with torch.no_grad(), ablate(bert, probe) as change:
+        together = bert(tokens, attention_mask=mask)
+    assert change["blocks.1.hook_resid_post"].n_positions == sum(map(len, rows)) - len(rows)  # all but [CLS]
+    assert change["blocks.1.hook_resid_post"].after["probe"] == pytest.approx(float(probe.intercept), abs=1e-4)
+    with torch.no_grad(), ablate(bert, probe):
+        for at, row in enumerate(rows):
+            torch.testing.assert_close(together[at, : len(row)], bert(torch.tensor([row]))[0], atol=1e-4, rtol=1e-4)
+    with torch.no_grad(), steer(bert, probe, coefficient=2.0, unit="logit") as change:
+        bert(tokens, attention_mask=mask)
+    found = change["blocks.1.hook_resid_post"]
+    assert found.after["probe"] - found.before["probe"] == pytest.approx(2.0, abs=1e-3)
+
+
+def test_an_encoder_generates_nothing(bert: Any) -> None:
+    probe = Probe(bert, 1, "mean", random_state=0).fit_contrast(["cats"], ["rain"])
+    with pytest.raises(InputError, match="an encoder, which generates nothing. Score whole texts with score_prompts"):
+        monitored_generate(bert, ["cats"], probe, max_new_tokens=2)
 
 
 def test_an_encoder_is_stored_though_transformerlens_has_hooks_of_its_own_on_it(bert: Any, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_eval_without_training_prompts_names_what_did_not_run(run: Run, probe_fi
     untagged = jsonl(tmp_path / "train.jsonl", *TRAIN)
     printed = run("eval", probe_file, "--prompts", data, "--train", untagged, "--group", "source", *QUICK).fine
     assert "not run: group: needs the groups of the training prompts" in printed
-    assert "worst by AUROC" in printed
+    assert "  group                 prompts  AUROC" in printed and "worst" not in printed  # all are as good
     printed = run("eval", probe_file, "--prompts", data, "--controls", "length", *QUICK).fine
     assert "random_direction" not in printed and "not run" not in printed
     assert "verdict: undecided" in run("eval", probe_file, "--prompts", data, "--controls", "none", *QUICK).fine

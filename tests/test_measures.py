@@ -14,7 +14,15 @@ from sklearn.metrics import average_precision_score, brier_score_loss
 
 from lmprobe_tl.bootstrap import Resamples
 from lmprobe_tl.errors import InputError
-from lmprobe_tl.measures import check_fprs, differences_of, measures_of, sampled_metrics
+from lmprobe_tl.evaluation import evaluate_scores
+from lmprobe_tl.measures import (
+    check_fprs,
+    differences_of,
+    interval_of,
+    measures_of,
+    sampled_auroc,
+    sampled_metrics,
+)
 from lmprobe_tl.metrics import average_precision, brier_score, calibration_error
 from lmprobe_tl.scored import Scored
 
@@ -123,10 +131,50 @@ def test_a_missing_class_leaves_accuracy_alone() -> None:
     assert all(one.value is None for name, one in found.items() if name != "accuracy")
 
 
-def test_a_perfect_result_says_that_resampling_shows_no_spread() -> None:
-    resamples = Resamples.drawn([0, 1] * 6, np.arange(12), n_bootstrap=20)
-    found = measures_of(sampled_metrics(scored([0, 1] * 6, [-1, 1] * 6), resamples), resamples)
-    assert (found["auroc"].low, found["auroc"].high, found["auroc"].note) == (1.0, 1.0, "all resamples are the same")
+def test_a_perfect_or_hopeless_result_is_as_sure_as_its_count_of_prompts() -> None:
+    labels = [0, 1, 1] * 6
+    resamples = Resamples.drawn(labels, np.arange(18), n_bootstrap=20)
+    for sign in (1, -1):
+        samples = sampled_metrics(scored(labels, [sign * (2 * label - 1) for label in labels]), resamples, [0.5])
+        found = measures_of(samples, resamples)
+        for name, n_trials in {"auroc": 6, "accuracy": 18, "tpr_at_fpr_0.5": 12}.items():
+            limit = 0.05 ** (1 / n_trials)
+            expected = (limit, 1.0) if sign > 0 else (0.0, 1 - limit)
+            assert (found[name].low, found[name].high) == pytest.approx(expected), name
+            assert found[name].note == "no spread; limit from counts"
+    perfect = measures_of(sampled_metrics(scored(labels, labels), resamples), resamples)["auprc"]
+    assert (perfect.value, perfect.low, perfect.note) == (1.0, None, "no spread, so no interval")
+    flat = measures_of(sampled_metrics(scored(labels, [0] * 18), resamples), resamples)["auroc"]
+    assert (flat.low, flat.high, flat.note) == (0.5, 0.5, "all resamples are the same")
+    tokens = Resamples.drawn(labels, np.arange(18) // 3, n_bootstrap=20)  # one prompt has one say
+    found = measures_of(sampled_metrics(scored(labels, [2 * label - 1 for label in labels]), tokens), tokens)
+    assert (found["accuracy"].low, found["accuracy"].n) == (pytest.approx(0.05 ** (1 / 6)), 6)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.54, 0.6, 0.8])
+def test_perfect_separation_by_luck_is_covered(share: float) -> None:
+    """Positives of two kinds, one above all negatives and one below: nothing is as often perfect at this AUROC."""
+    rng = np.random.default_rng(0)
+    labels = [0] * 12 + [1] * 5
+    resamples = Resamples.drawn(labels, np.arange(17), n_bootstrap=20)
+    n_missed = 0
+    for _ in range(400):
+        scores = [*rng.normal(size=12), *np.where(rng.random(5) < share, 9.0, -9.0)]
+        area = sampled_auroc(np.array(labels), np.array(scores), resamples)
+        n_missed += area.value == 1.0 and interval_of(area, resamples).low > share
+    assert n_missed <= 0.05 * 400 + 13  # three standard deviations
+    assert (n_missed > 0) is (share < 0.05 ** (1 / 5))  # the limit is no lower than it has to be
+
+
+def test_the_quick_evaluation_of_a_fit_has_the_same_limits() -> None:
+    labels = np.array([0, 1] * 6)
+    found = evaluate_scores(
+        labels, labels - 0.5, labels, np.arange(12), level="prompt", pooling="mean", fpr=0.5, n_bootstrap=20
+    )
+    assert (found.auroc.low, found.accuracy.low) == (pytest.approx(0.05 ** (1 / 6)), pytest.approx(0.05 ** (1 / 12)))
+
+
+def test_a_result_of_few_prompts_has_no_interval() -> None:
     few = Resamples.drawn([0, 1] * 4, np.arange(8), n_bootstrap=20)
     one = measures_of(sampled_metrics(scored([0, 1] * 4, [-1, 1] * 4), few), few)["auroc"]
     assert (one.low, one.note) == (None, "too few prompts for an interval")

@@ -27,10 +27,14 @@ from lmprobe_tl import Probe, ProbeReport, ShiftReport, evaluate_probe, evaluate
 from lmprobe_tl.controls import CONTROLS
 from lmprobe_tl.errors import InputError, PoolingMismatchWarning
 from lmprobe_tl.judged_probe import _recipe_of
+from lmprobe_tl.measures import Difference, Measure
 from lmprobe_tl.probe_evaluation import _above_chance
+from lmprobe_tl.probe_report import ControlReport
 from lmprobe_tl.probe_spec import TrainingRecord
+from lmprobe_tl.report_table import _control_lines
+from lmprobe_tl.verdict import verdict
 
-QUICK: dict[str, Any] = {"n_bootstrap": 100, "n_draws": 4}
+QUICK: dict[str, Any] = {"n_bootstrap": 100, "n_draws": 8}
 Data = tuple[list[str], list[Any]]
 
 
@@ -98,7 +102,7 @@ def test_where_length_decides_the_verdict_names_length(llama: Tiny) -> None:
 def test_nothing_to_find_is_no_better_than_chance(llama: Tiny) -> None:
     report = evaluated(llama, of_chance)
     assert report.conclusion == "does not beat its controls"
-    assert "The probe is not above chance" in report.verdict
+    assert "The probe is not clearly above chance" in report.verdict
     assert not any(one.is_beaten for one in report.controls.values())
 
 
@@ -163,6 +167,14 @@ class KnowsTheAnswer(ClassifierMixin, BaseEstimator):
         return self.classes_[(self.decision_function(features) > 0).astype(int)]
 
 
+def test_the_open_sign_of_ccs_is_noted(llama: Tiny) -> None:
+    train, test = in_another_order(60, 0), with_a_word(40, 1)
+    for name, says in (("ccs", "an AUROC far below 0.5 here tells as much as one above"), ("mass_mean", "")):
+        probe = fitted(llama, train, pooling="mean", classifier=name)
+        report = evaluate_probe(probe, *test, train=train, controls=["layer_0"], **QUICK)
+        assert report.controls["layer_0"].note.endswith(says) and bool(report.controls["layer_0"].note) is bool(says)
+
+
 def test_shuffled_labels_that_do_not_fall_to_chance_are_leakage(llama: Tiny) -> None:
     train, test = with_a_word(60, 0), with_a_word(60, 1)
     honest = fitted(llama, train)
@@ -175,15 +187,21 @@ def test_shuffled_labels_that_do_not_fall_to_chance_are_leakage(llama: Tiny) -> 
         f"Leakage: fitted on shuffled labels, the probe still reaches an AUROC of {reached:.3f}, where chance is 0.5. "
         "Something beside the training labels tells it the answers."
     )
-    fair = evaluate_probe(honest, *test, train=train, controls=["shuffled_labels"], **{**QUICK, "n_draws": 8})
+    fair = evaluate_probe(honest, *test, train=train, controls=["shuffled_labels"], **QUICK)
     assert fair.conclusion != "leakage" and fair.controls["shuffled_labels"].above_chance.low < 0
 
 
 def test_sound_probes_are_rarely_called_leaky() -> None:
     rng = np.random.default_rng(0)
-    alarms = sum(_above_chance(rng.normal(0.5, 0.12, 10)).is_above_zero for _ in range(1000))
-    assert alarms < 15
-    assert _above_chance(rng.normal(0.7, 0.12, 10)).is_above_zero
+    for n_draws in (8, 10, 30):
+        assert sum(_above_chance(rng.normal(0.5, 0.12, n_draws)).is_above_zero for _ in range(1000)) < 13, n_draws
+    # One strong direction, on which a shuffle decides but the sign, as mass_mean often has it.
+    signs = np.where(rng.random((1000, 30)) < 0.5, -1, 1) * rng.normal(0.48, 0.005, (1000, 30)) + 0.5
+    for n_draws in (3, 5, 8, 10, 30):
+        found = [_above_chance(areas[:n_draws]) for areas in signs]
+        assert sum(one is not None and one.is_above_zero for one in found) < 13, n_draws
+    assert _above_chance(signs[0, :7]) is None
+    assert sum(_above_chance(rng.normal(0.7, 0.12, 10)).is_above_zero for _ in range(100)) > 90
 
 
 def test_judged_prompts_that_were_trained_on_are_leakage(llama: Tiny) -> None:
@@ -206,11 +224,47 @@ def test_without_training_prompts_what_needs_them_is_left_out_by_name(llama: Tin
         ["bag_of_words", "layer_0", "shuffled_labels"], "needs the training prompts (train)"
     )
     assert set(report.controls) == {"length", "random_direction"}
+    assert "verdict: does not beat its controls (2 of 5 ran)" in report.table()
     assert {one.note for one in report.controls.values()} == {"fitted on the judged prompts themselves, in its favour"}
     assert "Nothing is known of the bag of words, the embedding (layer 0), shuffled labels" in report.verdict
     assert report.controls["length"].metrics["auroc"].value > 0.95
     none = evaluate_probe(fitted(llama, train), *test, controls=None, **QUICK)
     assert (none.conclusion, none.controls) == ("undecided", {})
+
+
+def test_judged_prompts_that_repeat_are_noted(llama: Tiny) -> None:
+    train, test = with_a_word(40, 0), with_a_word(40, 1)
+    probe = fitted(llama, train)
+    assert evaluate_probe(probe, *test, controls=None, **QUICK).notes == ()
+    twice = evaluate_probe(probe, test[0] + test[0][:3], test[1] + test[1][:3], controls=None, **QUICK)
+    assert twice.notes == ("3 of the judged prompts repeat another, so intervals are too narrow",)
+
+
+def test_few_shuffles_say_that_they_cannot_tell_leakage(llama: Tiny) -> None:
+    for n_draws, note in ((7, "too few draws to tell leakage; it takes 8"), (8, "")):
+        report = evaluated(llama, with_a_word, controls=["shuffled_labels"], n_draws=n_draws)
+        assert report.controls["shuffled_labels"].note == note
+        assert (report.controls["shuffled_labels"].above_chance is None) is bool(note)
+
+
+@pytest.mark.parametrize(
+    ("share", "n_bootstrap", "says"),
+    [(0.0, 1000, "<0.001"), (0.0, 100, "<0.010"), (0.0, 10**6, "<0.001"), (0.01, 100, "0.010"), (0.5, 1000, "0.500")],
+)
+def test_no_resample_at_zero_is_not_a_chance_of_zero(share: float, n_bootstrap: int, says: str) -> None:
+    one = Measure(value=0.8, low=0.7, high=0.9, n=40)
+    difference = Difference(value=0.3, low=0.1, high=0.4, share_at_most_zero=share)
+    control = ControlReport(metrics={"auroc": one}, differences={"auroc": difference})
+    assert _control_lines({"length": control}, {}, n_bootstrap)[1].split()[-1] == says
+
+
+@pytest.mark.parametrize(("high", "says"), [(0.1, "may tell as much"), (-0.1, "tells as much"), (0.0, "tells as much")])
+def test_a_control_tells_as_much_only_where_the_probe_is_not_above_it(high: float, says: str) -> None:
+    one = Measure(value=0.8, low=0.7, high=0.9, n=40)
+    difference = Difference(value=high - 0.1, low=-0.3, high=high, share_at_most_zero=0.8)
+    bag = ControlReport(metrics={"auroc": one}, differences={"auroc": difference})
+    conclusion, text = verdict(one, {"bag_of_words": bag}, {}, {}, None, 0, 40)
+    assert conclusion == "does not beat its controls" and f"Which words a text holds {says}" in text
 
 
 def test_too_few_prompts_leave_it_undecided(llama: Tiny) -> None:
@@ -234,11 +288,20 @@ def test_a_group_that_leaks_does_not_hide_the_others(llama: Tiny) -> None:
     assert report.metrics["auroc"].low > 0.6
     assert (report.worst_group, report.worst_by) == ("hard", "auroc")
     assert report.groups["easy"].metrics["auroc"].low > 0.9
-    assert "In the group 'hard' the probe is not above chance" in report.verdict
+    assert "In the group 'hard' the probe is not clearly above chance" in report.verdict
     assert report.left_out == {"group": "needs the groups of the training prompts (train)"}
     alone = evaluate_probe(fitted(llama, train[:2]), test[0][60:], test[1][60:], controls=None, **QUICK)
     assert alone.metrics["auroc"] == report.groups["hard"].metrics["auroc"]
     assert (report.groups["hard"].n_prompts, report.groups["hard"].n_examples) == (60, 60)
+
+
+def test_of_groups_that_are_equal_none_is_the_worst(llama: Tiny) -> None:
+    train, test = with_a_word(60, 0), with_a_word(60, 1)
+    twice, groups = (test[0] * 2, test[1] * 2), ["a"] * 60 + ["b"] * 60
+    report = evaluate_probe(fitted(llama, train), *twice, controls=None, groups=groups, **QUICK)
+    assert len({one.metrics["auroc"].value for one in report.groups.values()}) == 1
+    assert (report.worst_group, report.worst_by) == (None, None)
+    assert "worst" not in report.table()
 
 
 def test_a_group_that_gives_the_label_away_is_a_control(llama: Tiny) -> None:
@@ -378,6 +441,21 @@ def test_several_classes_have_what_is_defined_for_them(llama: Tiny) -> None:
     np.testing.assert_allclose(weighed.examples.scores, report.examples.scores, atol=1e-5)
     assert ProbeReport.from_json(report.to_json()) == report
     assert_readable(report.table())
+
+
+def test_a_class_without_a_judged_prompt_leaves_no_auroc(llama: Tiny) -> None:
+    def of_three(n: int, seed: int, n_classes: int) -> Data:
+        ends, labels = ("more", "cats", "dogs"), [at % n_classes for at in range(n)]
+        return [" ".join([*words, ends[label]]) for words, label in zip(noise(seed, n), labels, strict=True)], labels
+
+    train = of_three(60, 0, 3)
+    report = evaluate_probe(fitted(llama, train), *of_three(40, 1, 2), train=train, **QUICK)
+    assert report.verdict == "There is no AUROC to go by: no prompt of class 2."
+    assert (report.conclusion, report.metrics["auroc"].value) == ("undecided", None)
+    assert report.metrics["accuracy"].value > 0.8 and "auroc=none" in repr(report)
+    assert report.controls["shuffled_labels"].metrics["auroc"].note == "no prompt of class 2"
+    assert report.controls["shuffled_labels"].metrics["accuracy"].value < 0.7
+    assert ProbeReport.from_json(report.to_json()) == report
 
 
 def test_labels_of_a_file_may_stand_in_any_order(llama: Tiny) -> None:

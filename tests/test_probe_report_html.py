@@ -29,6 +29,7 @@ from lmprobe_tl.probe_evaluation import _pieces
 from lmprobe_tl.report_page.examples import MOST_PIECES, chosen_examples
 from lmprobe_tl.report_page.markup import joined, tag, visible
 from lmprobe_tl.report_page.style import N_STEPS, step_of
+from lmprobe_tl.report_table import share_text
 
 HOSTILE = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>&lt;</style></svg>$x$]]>\u202e\x07\u200b"
 MILD = '"' + re.sub("[<>\"'&;=/()\\]]", "x", HOSTILE[1:])  # begins alike: names are sorted
@@ -175,6 +176,7 @@ def test_every_number_of_the_tables_is_the_records_and_the_other_way_round(tmp_p
     shown = re.findall(r"[+-]?\d+\.\d{3}", " ".join(cells(text_of(report, tmp_path))))
     record = {name: part for name, part in report.to_dict().items() if name != "examples"}
     known = set(numbers(record))
+    known.add(1 / report.n_bootstrap)  # which stands for a share of 0
     known |= {float(one) for one in re.findall(r"reaches (\d\.\d{3}) by chance", json.dumps(record))}
     expected = {f"{value:.3f}" for value in known} | {f"{value:+.3f}" for value in known}
     assert len(shown) > 150 and set(shown) <= expected
@@ -199,7 +201,7 @@ def test_the_tables_say_what_stands_for_what(tmp_path: Path) -> None:
     beaten = "✓ beaten" if length.is_beaten else "✗ not beaten"
     assert (
         f"length {own.value:.3f} [{own.low:.3f}, {own.high:.3f}] {difference.value:+.3f} [{difference.low:+.3f}, "
-        f"{difference.high:+.3f}] P(≤0) {difference.share_at_most_zero:.3f} {beaten}"
+        f"{difference.high:+.3f}] P(≤0) {share_text(difference, report.n_bootstrap).replace('<', '&lt;')} {beaten}"
     ) in rows
     assert "layer 0 not run: since word - -" in rows
     group = report.groups["word 1"].metrics

@@ -23,6 +23,7 @@ from lmprobe_tl.estimators.fitting import logits_of
 from lmprobe_tl.metrics import bootstrap_interval
 from lmprobe_tl.splits import held_out, selection_splits
 from lmprobe_tl.sweep_examples import SweepExamples, sweep_examples
+from lmprobe_tl.sweep_judge import _mean_auroc
 from lmprobe_tl.tokens import tokenize_prompts
 
 QUICK: dict[str, Any] = {"n_bootstrap": 20, "progress": False}
@@ -210,6 +211,16 @@ def test_every_token_an_example(model: Any, labelled: str) -> None:
     expected.fit([prompts[index] for index in chosen], [given[index] for index in chosen])
     assert are_the_same(result.probe_, expected)
     assert result.probe_.groups_.tolist() == expected.groups_.tolist()
+
+
+def test_a_resample_that_lost_a_class_in_every_fold_is_no_auroc_of_a_half() -> None:
+    columns = np.array([[0, -1.0], [0, 1.0], [1, -1.0], [1, 1.0]])
+    labels = np.array([0, 1, 0, 1])
+    assert _mean_auroc(labels, columns) == 1.0
+    assert _mean_auroc(labels, columns, np.array([1, 1, 2, 0])) == 1.0  # by the fold that is left
+    assert np.isnan(_mean_auroc(labels, columns, np.array([2, 0, 0, 2])))
+    found = bootstrap_interval(_mean_auroc, [*labels] * 5, np.tile(columns, (5, 1)), n_bootstrap=50)
+    assert found.low == 1.0
 
 
 def test_intervals_are_over_groups(llama: Tiny) -> None:

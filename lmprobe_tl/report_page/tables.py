@@ -34,7 +34,7 @@ def metrics_table(report: ProbeReport) -> Html:
 def controls_table(report: ProbeReport) -> Html:
     """What the controls reach, and how far the probe is above them on the same resamples."""
     rows: list[Sequence[str]] = [
-        (_named(control_words(name), _about(one)), _cell(one.metrics["auroc"]), _compared(one))
+        (_named(control_words(name), _about(one)), _cell(one.metrics["auroc"]), _compared(one, report.n_bootstrap))
         for name, one in report.controls.items()
     ]
     rows += [(_named(control_words(name), f"not run: {why}"), "-", "-") for name, why in report.left_out.items()]
@@ -43,7 +43,11 @@ def controls_table(report: ProbeReport) -> Html:
         several = {control_words(name): one.metrics for name, one in report.controls.items()}
         parts.append(folded("All metrics of the controls", all_metrics("Controls", "control", several)))
         apart = {control_words(name): one.differences for name, one in report.controls.items()}
-        parts.append(folded("All differences: probe - control", _all_differences("Probe - control", "control", apart)))
+        parts.append(
+            folded(
+                "All differences: probe - control", _all_differences("Probe - control", "control", apart, report.n_bootstrap)
+            )
+        )
     return joined(parts)
 
 
@@ -70,7 +74,7 @@ def shift_table(shift: ShiftReport) -> Html:
         (
             _with_note(name, one.n_prompts, one.metrics["auroc"]),
             _cell(one.metrics["auroc"]),
-            _difference(one.drops.get("auroc")) if at else "",
+            _difference(one.drops.get("auroc"), shift.n_bootstrap) if at else "",
         )
         for at, (name, one) in enumerate(sets)
     ]
@@ -79,7 +83,9 @@ def shift_table(shift: ShiftReport) -> Html:
     every = dict(zip(columns, (one.metrics for _, one in sets), strict=True))
     parts.append(folded("All metrics on other prompts", all_metrics("Other prompts", "prompts from", every)))
     drops = {name: one.drops for name, one in shift.shifted.items()}
-    return joined([*parts, folded("All drops: held out - other", _all_differences("Drops", "prompts from", drops))])
+    return joined(
+        [*parts, folded("All drops: held out - other", _all_differences("Drops", "prompts from", drops, shift.n_bootstrap))]
+    )
 
 
 def all_metrics(caption: str, first: str, entries: Mapping[str, Mapping[str, Measure]]) -> Html:
@@ -98,9 +104,12 @@ def control_words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _all_differences(caption: str, first: str, entries: Mapping[str, Mapping[str, Difference]]) -> Html:
+def _all_differences(caption: str, first: str, entries: Mapping[str, Mapping[str, Difference]], n_bootstrap: int) -> Html:
     names = ordered_metrics({name for differences in entries.values() for name in differences})
-    rows = [[entry, *(_difference(differences.get(name)) for name in names)] for entry, differences in entries.items()]
+    rows = [
+        [entry, *(_difference(differences.get(name), n_bootstrap) for name in names)]
+        for entry, differences in entries.items()
+    ]
     return table(caption, [first, *map(metric_words, names)], rows)
 
 
@@ -113,10 +122,10 @@ def _cell(one: Measure | None) -> Html:
     return _with_range(value, "" if one is None or one.value is None else interval_text(one.low, one.high))
 
 
-def _difference(one: Difference | None) -> Html:
+def _difference(one: Difference | None, n_bootstrap: int) -> Html:
     """With the share of resamples where it is 0 or below, in words that need no colour."""
     value, _, interval = signed_text(one).partition(" ")
-    share = share_text(one)
+    share = share_text(one, n_bootstrap)
     return joined(
         [_with_range(value, interval), *([Html("<br>"), tag("span", f"P(≤0) {share}", class_="quiet")] if share else [])]
     )
@@ -126,14 +135,14 @@ def _with_range(value: str, interval: str) -> Html:
     return joined([value, " ", tag("span", interval, class_="range")] if interval else [value])
 
 
-def _compared(one: ControlReport) -> Html:
+def _compared(one: ControlReport, n_bootstrap: int) -> Html:
     """The difference, and in words whether the control is beaten."""
     difference = one.differences.get("auroc")
     if difference is None or difference.low is None:
         words = tag("span", "? not known", class_="unsure")
     else:
         words = tag("span", "✓ beaten", class_="good") if one.is_beaten else tag("span", "✗ not beaten", class_="bad")
-    return joined([_difference(difference), Html("<br>"), words])
+    return joined([_difference(difference, n_bootstrap), Html("<br>"), words])
 
 
 def _named(name: str, note: str) -> Html:
