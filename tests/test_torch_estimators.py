@@ -393,6 +393,7 @@ def test_scaling_is_that_of_plain_numpy_and_constant_features_take_no_part(monke
 # --- What they find
 
 
+@pytest.mark.filterwarnings("ignore:.* has learnt nothing:sklearn.exceptions.ConvergenceWarning")  # of shuffled labels
 @pytest.mark.parametrize("name", [*SEQUENCE_CLASSIFIERS, *VECTOR_CLASSIFIERS])
 def test_every_name_learns_and_shuffled_labels_teach_nothing(name):
     factory = {**SEQUENCE_CLASSIFIERS, **VECTOR_CLASSIFIERS}[name]
