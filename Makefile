@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-tl3 test-vllm check bench-live bench-extract bench-vllm bench-quality demo-model clean
+.PHONY: demo test test-tl3 test-vllm check bench-live bench-extract bench-vllm bench-quality bench-fitting demo-model clean
 
 demo: .venv/installed
 	$(BIN)/lmprobe-tl demo
@@ -41,6 +41,10 @@ bench-vllm: .venv-vllm/installed
 # a bag of words, scikit-learn by hand and lmprobe.
 bench-quality: .venv/installed
 	$(BIN)/python -m benchmarks.bench_quality
+
+# What fitting costs, kind by kind, with one thread and with two; logistic regression against plain scikit-learn.
+bench-fitting: .venv/installed
+	$(BIN)/python -m benchmarks.bench_fitting
 
 # Trains the embedded model anew: about an hour on two cores.
 demo-model: .venv/installed

@@ -57,6 +57,11 @@ class Task:
         """Mean activations of all layers, of the training and of the test prompts."""
         return self._store(self.train, "train"), self._store(self.test, "test")
 
+    @cached_property
+    def token_stores(self) -> tuple[ActivationStore, ActivationStore]:
+        """All tokens at the chosen layer, of the training and of the test prompts."""
+        return self._store(self.train, "train", self.layer), self._store(self.test, "test", self.layer)
+
     def features(self, layers: int | str) -> tuple[np.ndarray, np.ndarray]:
         """Of the training and of the test prompts, [n d_model] float64, as the model gave them; layers side by side."""
         train, test = (
@@ -68,7 +73,11 @@ class Task:
         """As it took when the stores were written, by this run or an earlier one."""
         return sum(json.loads(self._seconds_file(part).read_text()) for part in ("train", "test"))
 
-    def _store(self, texts: LabelledTexts, part: str) -> ActivationStore:
+    def _store(self, texts: LabelledTexts, part: str, tokens_of: int | None = None) -> ActivationStore:
+        """Means at all layers, or all tokens at one."""
+        if tokens_of is not None:
+            path = self.folder / f"{self.name}-{part}-tokens-{tokens_of}"
+            return extract_to_store(self.model, texts.texts, path, tokens_of, "all", progress=False, **TOKENS)
         start = time.perf_counter()
         path = self.folder / f"{self.name}-{part}"
         store = extract_to_store(self.model, texts.texts, path, "all", POOLING, progress=False, **TOKENS)

@@ -14,10 +14,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.quality_features import POOLING, TOKENS, Task
-from lmprobe_tl import Probe
+from lmprobe_tl import Probe, ProbeWeights
 from lmprobe_tl.estimators import make_classifier
+from lmprobe_tl.heads import SequenceHead
 from lmprobe_tl.hook_points import layer_count
 from lmprobe_tl.metrics import auroc
+from lmprobe_tl.pooling import reduce_scores
 from lmprobe_tl.splits import selection_splits
 
 Recipe = Callable[[Task], np.ndarray]  # scores [n_test], high for label 1
@@ -40,6 +42,26 @@ def saved_rule_scores(probe: Probe, task: Task, layers: Any) -> np.ndarray:
 
 def probe_on(classifier: str, layers: Callable[[Task], Any] = lambda task: task.layer) -> Recipe:
     return lambda task: saved_rule_scores(fitted_probe(task, classifier, layers(task)), task, layers(task))
+
+
+def sequence_probe(classifier: str) -> Recipe:
+    """A probe that learns from all tokens of a prompt, at the chosen layer, and reduces them itself."""
+
+    def scores(task: Task) -> np.ndarray:
+        train, test = task.token_stores
+        probe = Probe(task.model, task.layer, classifier=classifier, random_state=task.seed, **TOKENS)
+        weights = probe.fit_store(train, task.train.labels).weights_
+        prompts = test.values(task.layer, "all").split(test.lengths().tolist())
+        return np.array([prompt_logit(weights, tokens) for tokens in prompts])
+
+    return scores
+
+
+def prompt_logit(weights: ProbeWeights, tokens: torch.Tensor) -> float:
+    """What a saved probe says of one prompt, [pos d_model]."""
+    if isinstance(weights.head, SequenceHead):
+        return weights.sequence_logits(tokens[None]).item()
+    return reduce_scores(weights.logits(tokens[None]), weights.spec.pooling.inference).item()
 
 
 def scikit_learn_by_hand(task: Task) -> np.ndarray:
@@ -73,6 +95,14 @@ RECIPES: dict[str, Recipe] = {
     "mass_mean_whitened": probe_on("mass_mean_whitened"),
     "lda": probe_on("lda"),
     "ridge": probe_on("ridge"),
+    "mlp": probe_on("mlp"),
+    "polynomial": probe_on("polynomial"),
+    "stacking": probe_on("stacking", lambda task: "all"),
+    "softmax": sequence_probe("softmax"),
+    "windowed": sequence_probe("windowed"),
+    "multimax": sequence_probe("multimax"),
+    "attention": sequence_probe("attention"),
+    "rolling_attention": sequence_probe("rolling_attention"),
     CONTROL: shuffled_labels,
 }
 

@@ -24,6 +24,13 @@ _SHORT = {
     "all layers": "all",
     "mass_mean": "mass",
     "mass_mean_whitened": "mm-w",
+    "polynomial": "poly",
+    "stacking": "stack",
+    "softmax": "softm",
+    "windowed": "windo",
+    "multimax": "mumax",
+    "attention": "attn",
+    "rolling_attention": "rolla",
     CONTROL: "shuf",
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
 
 from lmprobe_tl.labelled_prompts import LabelledPrompts
 from lmprobe_tl.labels import are_token_labels, check_labels
@@ -34,7 +36,10 @@ class Recipe:
             if hasattr(probe.classifier, "random_state"):
                 probe.set_params(classifier=clone(probe.classifier).set_params(random_state=shuffle_seed))
             examples = replace(examples, labels=self._shuffled(shuffle_seed))
-        return probe.fit_examples(examples)
+        with warnings.catch_warnings():
+            if shuffle_seed is not None:
+                warnings.simplefilter("ignore", ConvergenceWarning)  # that nothing was learnt is what this is to show
+            return probe.fit_examples(examples)
 
     def _shuffled(self, seed: int) -> NDArray[Any]:
         """[n_examples]; where each prompt has a label, those of whole prompts change places."""

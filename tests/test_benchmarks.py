@@ -15,6 +15,7 @@ from benchmarks.forwards import Workload
 from benchmarks.texts import NumberedTexts, ragged_texts
 from lmprobe_tl import extract_activations
 from lmprobe_tl.demo import MODEL_FOLDER
+from lmprobe_tl.estimators import CLASSIFIERS
 from lmprobe_tl.tokens import batches_by_length
 
 
@@ -107,11 +108,18 @@ def test_the_texts_are_ragged_and_differ() -> None:
 
 def test_the_fitting_benchmark_measures_both_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "fitting.json"
-    small = ["--sequences", "40", "--tokens", "12", "--d", "4", "--examples", "60", "--features", "5", "--rounds", "2"]
-    bench_fitting.main([*small, "--classifiers", "attention", "windowed", "--out", str(out)])
-    result = json.loads(out.read_text())
-    assert [row["classifier"] for row in result["fits"]] == ["attention", "windowed"]
-    assert all(row["epochs"] >= row["best_epoch"] and row["auroc"] > 0.7 for row in result["fits"])
-    (logistic,) = result["logistic"]
+    small = ["--sequences", "40", "--tokens", "12", "--d", "4", "--examples", "60", "--features", "8", "--rounds", "2"]
+    arguments = [*small, "--logistic-features", "5", "--threads", "1", "--out", str(out)]
+    sizes = bench_fitting.Sizes(40, 12, 4, 60, 8, 5, 2)
+    for name in set(CLASSIFIERS) - {"ccs"}:
+        row = bench_fitting.measure(name, torch.get_num_threads(), sizes)
+        assert row["auroc"] > 0.7, name
+        assert row["epochs"] is None or row["epochs"] >= row["best_epoch"]
+    bench_fitting.main([*arguments, "--classifiers", bench_fitting.LOGISTIC])
+    first = json.loads(out.read_text())["rows"]
+    logistic = first[bench_fitting.LOGISTIC]["1"]
+    assert logistic["threads"] == 1
     assert 0 < logistic["low"] <= logistic["ratio"] <= logistic["high"]
     assert "ours" in capsys.readouterr().out
+    bench_fitting.main([*arguments, "--classifiers", bench_fitting.LOGISTIC])  # measures nothing again
+    assert json.loads(out.read_text())["rows"] == first

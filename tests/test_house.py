@@ -36,6 +36,7 @@ FLOORS = {
     | {"estimators.pca", "estimators.ccs", "estimators.layer_stack", "estimators.contrast"}
     | {"estimators.sample_weight", "estimators.fitted_head", "estimators.token_sequences"}
     | {"estimators.ragged", "estimators.token_scaling", "estimators.training", "estimators.torch_classifier"}
+    | {"estimators.threads"}
     | {"estimators.sequence_classifier", "estimators.sequence_classifiers", "estimators.vector_classifiers"}
     | {"estimators.baselines"},
     3: {
@@ -237,6 +238,18 @@ def test_loading_and_attaching_import_neither_transformer_lens_nor_scikit_learn(
         "print(sorted({'transformer_lens', 'sklearn', 'typer', 'rich'} & set(sys.modules)))"
     )
     assert run_python(code) == "[]"
+
+
+def test_the_estimators_that_a_user_needs_have_public_names() -> None:
+    from lmprobe_tl import estimators
+
+    assert estimators.__all__ == sorted(estimators.__all__, key=lambda name: (not name.isupper(), name))
+    made = {type(estimators.make_classifier(name, 0)) for name in estimators.CLASSIFIERS}
+    ours = {one.__name__ for one in made if one.__module__.startswith("lmprobe_tl")}
+    assert len(ours) == 11
+    assert ours <= set(estimators.__all__)
+    for name in set(estimators.__all__) - {"CLASSIFIERS", "SEQUENCE_CLASSIFIERS"}:
+        assert getattr(estimators, name).__doc__, name
 
 
 def test_public_names_are_sorted_documented_and_there() -> None:

@@ -353,7 +353,7 @@ def test_order_batch_mates_and_container_do_not_matter(classifier, monkeypatch):
     alone = [fitted.decision_function([array])[0] for array in arrays]
     np.testing.assert_allclose(alone, whole, atol=1e-12)
     monkeypatch.setattr("lmprobe_tl.estimators.sequence_classifier.DECISION_TOKENS", 7)
-    monkeypatch.setattr(torch_classifier, "BLOCK_ELEMENTS", 8)
+    monkeypatch.setattr(torch_classifier, "READING_ELEMENTS", 8)
     np.testing.assert_allclose(fitted.decision_function(arrays), whole, atol=1e-12)
     half = TokenSequences(torch.from_numpy(np.asarray(joined.values)).half(), joined.offsets)
     np.testing.assert_allclose(fitted.decision_function(half), whole, atol=0.05)
@@ -393,6 +393,7 @@ def test_scaling_is_that_of_plain_numpy_and_constant_features_take_no_part(monke
 # --- What they find
 
 
+@pytest.mark.filterwarnings("ignore:.* has learnt nothing:sklearn.exceptions.ConvergenceWarning")  # of shuffled labels
 @pytest.mark.parametrize("name", [*SEQUENCE_CLASSIFIERS, *VECTOR_CLASSIFIERS])
 def test_every_name_learns_and_shuffled_labels_teach_nothing(name):
     factory = {**SEQUENCE_CLASSIFIERS, **VECTOR_CLASSIFIERS}[name]
@@ -427,16 +428,19 @@ def test_attention_finds_one_token_among_many_where_the_mean_does_not():
 @pytest.mark.parametrize(
     ("n_tokens", "expected"),
     [
-        (64, {"mean": 0.906, "max": 0.845, "ema_max": 0.962, "rolling_max": 0.995, "softmax": 0.925}),
-        (512, {"mean": 0.693, "max": 0.676, "ema_max": 0.879, "rolling_max": 0.976, "softmax": 0.780}),
-        (4096, {"mean": 0.583, "max": 0.565, "ema_max": 0.743, "rolling_max": 0.940, "softmax": 0.629}),
+        (64, {"mean": 0.908, "max": 0.862, "ema_max": 0.950, "rolling_max": 0.996, "softmax": 0.935}),
+        (512, {"mean": 0.680, "max": 0.681, "ema_max": 0.869, "rolling_max": 0.978, "softmax": 0.777}),
+        (4096, {"mean": 0.566, "max": 0.561, "ema_max": 0.739, "rolling_max": 0.937, "softmax": 0.620}),
     ],
 )
 def test_long_sequences_dilute_what_a_window_keeps(n_tokens, expected):
-    """Ten tokens in a row, shifted by 1.5 deviations among tokens of N(0, 1); no model and no training."""
+    """Ten tokens in a row, shifted by 1.5 deviations among tokens of N(0, 1); no model and no training.
+
+    Each positive has the noise of a negative: an AUROC compares all with all, so that its value stays and its error shrinks.
+    """
     generator = torch.Generator().manual_seed(n_tokens)
-    n = 800
-    scores = torch.randn(2 * n, n_tokens, generator=generator)
+    n = 2000 if n_tokens == 4096 else 800
+    scores = torch.randn(n, n_tokens, generator=generator).repeat(2, 1)
     starts = torch.randint(n_tokens - 9, (n, 1), generator=generator) + torch.arange(10)
     scores[:n].scatter_add_(1, starts, torch.full((n, 10), 1.5))
     labels = np.arange(2 * n) < n
@@ -447,11 +451,11 @@ def test_long_sequences_dilute_what_a_window_keeps(n_tokens, expected):
         )
         for name in expected
     }
-    assert found == pytest.approx(expected, abs=0.03)
-    assert found["mean"] == pytest.approx(0.5 + 0.5 * math.erf(15 / math.sqrt(2 * n_tokens) / math.sqrt(2)), abs=0.03)
+    assert found == pytest.approx(expected, abs=0.02)
+    assert found["mean"] == pytest.approx(0.5 + 0.5 * math.erf(15 / math.sqrt(2 * n_tokens) / math.sqrt(2)), abs=0.005)
     if n_tokens == 4096:
         assert found["rolling_max"] >= 0.93
-        assert found["mean"] <= 0.60 + 0.03
+        assert found["mean"] <= 0.60
 
 
 # --- The contract, and what is refused
@@ -484,11 +488,11 @@ def test_three_classes_are_refused_by_name(classifier):
     ("parameters", "message"),
     [
         ({"learning_rate": 0}, "learning_rate is 0; expected a finite number above 0"),
-        ({"weight_decay": -1}, "weight_decay is -1; expected a number, 0 or more"),
+        ({"weight_decay": -1}, "weight_decay is -1; expected a finite number, 0 or more"),
         ({"max_epochs": 1.5}, "max_epochs is 1.5; expected a whole number, 1 or more"),
         ({"patience": True}, "patience is True"),
         ({"batch_tokens": 0}, "batch_tokens is 0"),
-        ({"validation_fraction": 0.9}, "0.9; expected a number above 0 and at most 0.5"),
+        ({"validation_fraction": 0.9}, "validation_fraction is 0.9; expected a number from 0 to 0.5"),
         ({"n_heads": 0}, "n_heads is 0"),
         ({"device": "gpu"}, "device is 'gpu'; expected 'auto', 'cpu' or 'cuda'"),
         ({"learning_rate": 1e30}, r"loss became (nan|inf) in epoch \d: use a lower learning_rate"),

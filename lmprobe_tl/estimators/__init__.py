@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.ccs import CcsClassifier
+from lmprobe_tl.estimators.fitted_head import FittedHead, fitted_head
 from lmprobe_tl.estimators.layer_stack import LayerStackClassifier
 from lmprobe_tl.estimators.linear_rule import LinearRule, linear_rule
 from lmprobe_tl.estimators.mass_mean import MassMeanClassifier
@@ -30,13 +31,15 @@ from lmprobe_tl.estimators.sequence_classifiers import (
     SoftmaxClassifier,
     WindowedClassifier,
 )
-from lmprobe_tl.estimators.vector_classifiers import MlpClassifier, PolynomialClassifier
+from lmprobe_tl.estimators.token_sequences import TokenSequences
+from lmprobe_tl.estimators.vector_classifiers import VECTOR_CLASSIFIERS, MlpClassifier, PolynomialClassifier
 
 __all__ = [
     "CLASSIFIERS",
     "SEQUENCE_CLASSIFIERS",
     "AttentionClassifier",
     "CcsClassifier",
+    "FittedHead",
     "LayerStackClassifier",
     "LinearRule",
     "MassMeanClassifier",
@@ -47,7 +50,9 @@ __all__ = [
     "RollingAttentionClassifier",
     "SequenceClassifier",
     "SoftmaxClassifier",
+    "TokenSequences",
     "WindowedClassifier",
+    "fitted_head",
     "linear_rule",
     "make_classifier",
     "own_pooling",
@@ -59,10 +64,9 @@ _C = 0.03
 def _logistic_regression(random_state: int | None) -> BaseEstimator:
     """Standardised features and L2-penalised logistic regression, C = 0.03.
 
-    C is fixed, so that a fit is one fit. On Gaussian classes with d = 256 and 768, n = 50 to 2000, Mahalanobis
-    distances 2 and 4, with white noise and with a power-law spectrum, the best C ranged from 1e-3 (white noise) to 1
-    (power law); C = 0.03 lost at most 0.04 AUROC to the best one everywhere, and its log loss stayed low where C = 1
-    was overconfident. To choose C on your data, pass a GridSearchCV or LogisticRegressionCV instead of the name.
+    C is fixed, so that a fit is one fit. The best C is low where the noise is white, and high where most features repeat
+    each other; a low one is also less sure of itself on new data. To choose it on your data, pass a GridSearchCV or
+    LogisticRegressionCV instead of the name.
     """
     return make_pipeline(StandardScaler(), LogisticRegression(C=_C, max_iter=2000, random_state=random_state))
 
@@ -93,16 +97,6 @@ def _mass_mean_whitened(random_state: int | None) -> BaseEstimator:
     return MassMeanClassifier(covariance=True)
 
 
-def _mlp(random_state: int | None) -> BaseEstimator:
-    """One hidden layer of 64 units."""
-    return MlpClassifier(random_state=random_state)
-
-
-def _polynomial(random_state: int | None) -> BaseEstimator:
-    """A truncated polynomial of degree 3, trained order by order."""
-    return PolynomialClassifier(random_state=random_state)
-
-
 def _pca(random_state: int | None) -> BaseEstimator:
     """The main direction of the differences of pairs; nothing in it is random."""
     return PcaClassifier()
@@ -124,11 +118,10 @@ CLASSIFIERS: dict[str, Callable[[int | None], BaseEstimator]] = {
     "logistic_regression": _logistic_regression,
     "mass_mean": _mass_mean,
     "mass_mean_whitened": _mass_mean_whitened,
-    "mlp": _mlp,
     "pca": _pca,
-    "polynomial": _polynomial,
     "ridge": _ridge,
     "stacking": _stacking,
+    **VECTOR_CLASSIFIERS,
     **SEQUENCE_CLASSIFIERS,
 }
 
@@ -146,7 +139,7 @@ def make_classifier(classifier: Any, random_state: int | None) -> BaseEstimator:
 
     random_state reaches the named classifiers only; an instance keeps its own.
     Raises InputError for an unknown name, for anything that is no scikit-learn classifier instance, and for a sequence
-    classifier inside another estimator.
+    classifier inside another one, which would give it pooled activations.
     """
     if isinstance(classifier, str):
         return _named_classifier(classifier, random_state)
@@ -165,11 +158,12 @@ def make_classifier(classifier: Any, random_state: int | None) -> BaseEstimator:
             f"classifier must be a classifier, got {classifier!r}, which scikit-learn does not count as one (a regressor, a "
             f"transformer or an outlier detector). For a linear probe pass 'logistic_regression' or RidgeClassifier()."
         )
-    for inner in classifier.get_params(deep=True).values():
-        if isinstance(inner, SequenceClassifier):
+    for name, part in classifier.get_params(deep=True).items():
+        if isinstance(part, SequenceClassifier):
             raise InputError(
-                f"{type(classifier).__name__} has a {type(inner).__name__} inside, which reads all tokens of a prompt, and "
-                f"would get one pooled vector a prompt. Pass it by itself; it standardises what it reads."
+                f"{type(part).__name__} learns from token sequences, but {type(classifier).__name__} would give it pooled "
+                f"activations (as its {name!r}). Pass {type(part).__name__} itself, which standardises tokens; to choose "
+                "its parameters, search over the Probe: GridSearchCV(probe, {'classifier__learning_rate': [...]})."
             )
     return clone(classifier)
 

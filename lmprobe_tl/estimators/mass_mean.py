@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
@@ -17,15 +18,14 @@ from lmprobe_tl.estimators.sample_weight import validated_weight
 
 Array: TypeAlias = NDArray[np.float64]
 
-EIGENVALUE_CUTOFF = 1e-3
-
 
 class MassMeanClassifier(LinearClassifier):
     """A linear classifier whose direction is theta = mean(positive) - mean(negative).
 
-    covariance=True takes Sigma^-1 theta, with Sigma pooled within the classes. The pseudo-inverse is taken of the
-    correlation matrix, where it drops eigenvalues up to 1e-3: Sigma^-1 = D^-1 R^-1 D^-1 with D the standard deviations.
-    So the result does not depend on the unit of the activations, as a cutoff on Sigma itself would.
+    covariance=True takes Sigma^-1 theta, with Sigma pooled within the classes: Sigma^-1 = D^-1 R^-1 D^-1, where D are the
+    standard deviations and R is the correlation matrix, shrunk towards the identity by the share of Chen et al. 2010
+    (arXiv:0907.4698), which goes to 0 with many examples. Unshrunk, R has no inverse where features are more than examples,
+    and one that is mostly noise where they are nearly as many. The result does not depend on the unit of the activations.
 
     theta . x has an arbitrary scale, and its sigmoid would be 0 or 1 almost everywhere. The logit is therefore
     a * theta . x + b, where a > 0 and b come from a logistic regression on the training projections, with the smoothed
@@ -98,8 +98,19 @@ def _whiten(moments: Moments, means: Array) -> Array:
             "covariance=True needs classes with some variance, but within each class all examples are equal. "
             "Give more examples, or use covariance=False."
         )
-    deviation[deviation == 0] = np.inf  # a constant feature correlates with none, and drops out with eigenvalue 0
-    correlation = covariance / deviation[:, None] / deviation
-    eigenvalues, eigenvectors = np.linalg.eigh(correlation)
-    kept = eigenvalues > EIGENVALUE_CUTOFF
-    return (means / deviation @ eigenvectors[:, kept] / eigenvalues[kept]) @ eigenvectors[:, kept].T / deviation
+    varying = np.flatnonzero(deviation)  # a constant feature correlates with none, and has no part in the direction
+    deviation = deviation[varying]
+    correlation = covariance[np.ix_(varying, varying)] / deviation[:, None] / deviation
+    shrunk = _shrunk(correlation, float(moments.weight.sum()))
+    directions = np.zeros_like(means)
+    directions[:, varying] = solve(shrunk, (means[:, varying] / deviation).T, assume_a="pos").T / deviation
+    return directions
+
+
+def _shrunk(correlation: Array, n_examples: float) -> Array:
+    """(1 - s) correlation + s identity, with s as the oracle approximating shrinkage of Chen et al. 2010 has it."""
+    n_features = len(correlation)
+    squares = (correlation**2).mean()
+    spread = (n_examples + 1) * (squares - 1 / n_features)
+    share = min(1.0, (squares + 1) / spread) if spread > 0 else 1.0
+    return (1 - share) * correlation + share * np.eye(n_features)

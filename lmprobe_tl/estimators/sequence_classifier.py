@@ -153,5 +153,14 @@ def _as_sequences(X: Any) -> TokenSequences | None:
     """None for rows of features, each of which is a sequence of one token."""
     if isinstance(X, TokenSequences):
         return X
-    is_list = isinstance(X, (list, tuple)) and bool(X)
-    return TokenSequences.of(X) if is_list and getattr(X[0], "ndim", 0) == 2 else None
+    if getattr(X, "ndim", 0) == 3:
+        raise InputError(
+            f"X has shape {tuple(X.shape)}; expected a list of arrays [n_tokens_i d]. Give list(X), and of padded sequences "
+            "each without its pads."
+        )
+    is_list = isinstance(X, (list, tuple)) or (isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1)
+    if not is_list or not len(X):
+        return None
+    first = X[0]
+    is_of_tokens = np.ndim(first[0]) == 1 if isinstance(first, (list, tuple)) and first else getattr(first, "ndim", 0) == 2
+    return TokenSequences.of(X) if is_of_tokens else None

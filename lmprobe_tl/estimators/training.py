@@ -69,12 +69,14 @@ class TrainingSet:
     """Examples parted into those to learn from and those held out, and the scaling of their tokens.
 
     targets: [n] float for two classes (0 and 1), int64 for more; weight: [n]; learnt, held: indices, held may be empty.
+    n_outputs: logits of an example, 1 for two classes.
     generator: orders the batches, and whatever else a fit draws.
     """
 
     sequences: TokenSequences
     targets: Tensor
     weight: Tensor
+    n_outputs: int
     learnt: Indices
     held: Indices
     scaling: TokenScaling
@@ -115,13 +117,18 @@ class TrainingSet:
 def split(labels: NDArray[Any], groups: NDArray[Any] | None, share: float, seed: int) -> tuple[Indices, Indices]:
     """Indices to learn from and to hold out, about `share` of each class; no group is in both. Share 0 holds out nothing.
 
-    Raises InputError where a class has too few examples, or is in too few groups.
+    Where a class is in few groups, a larger share is held out, up to a half. Raises InputError where a class has one example
+    or is in one group.
     """
     everything = np.arange(len(labels))
     if share == 0:
         return everything, everything[:0]
-    if groups is not None:
-        learnt, held = held_out(labels, groups, share, seed)
+    if groups is not None and len(np.unique(groups)) < len(groups):
+        fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
+        try:
+            learnt, held = held_out(labels, groups, max(share, 1 / max(2, fewest)), seed)
+        except InputError as error:
+            raise InputError(f"Nothing can be held out for early stopping: {error} Or use validation_fraction=0.") from error
         return np.sort(learnt), np.sort(held)
     rng = np.random.RandomState(seed)
     chosen = []

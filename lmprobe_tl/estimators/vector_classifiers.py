@@ -41,7 +41,7 @@ class MlpClassifier(TorchClassifier):
         check_whole("n_hidden", self.n_hidden, most=MAX_READINGS)
 
     def _train(self, data: TrainingSet, schedule: Schedule) -> tuple[FittedHead, tuple[Epoch, ...]]:
-        d, n_outputs = data.sequences.values.shape[1], 1 if len(self.classes_) == 2 else len(self.classes_)
+        d, n_outputs = data.sequences.values.shape[1], data.n_outputs
 
         def start(*shape: int, deviation: float) -> Tensor:
             values = torch.randn(*shape, generator=data.generator, dtype=torch.float32) * deviation
