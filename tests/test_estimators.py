@@ -101,7 +101,7 @@ def test_an_instance_is_cloned_and_stays_untouched():
 )
 def test_a_sequence_classifier_inside_another_estimator_is_refused(wrapped):
     """Inside it would get pooled vectors, and learn from sequences of one token without a word."""
-    with pytest.raises(InputError, match="reads all tokens of a prompt.*Pass it by itself"):
+    with pytest.raises(InputError, match="learns from token sequences, but .* would give it pooled activations"):
         make_classifier(wrapped, random_state=0)
     make_classifier(GridSearchCV(MlpClassifier(), {"n_hidden": [1, 2]}), random_state=0)
 
