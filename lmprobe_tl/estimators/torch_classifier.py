@@ -38,7 +38,8 @@ class TorchClassifier(ClassifierMixin, BaseEstimator):
     """Base of the classifiers trained by AdamW with early stopping.
 
     learning_rate, weight_decay: of AdamW, on standardised features; biases do not decay. No values are best for all kinds
-    and data: try more decay where many tokens carry a little each, and less where there are many examples.
+    and data: try more decay where many tokens carry a little each, and less where there are many examples. Where best_epoch_
+    is 1 or 2 the rate is too high, and where it is the last epoch too low.
     max_epochs, patience: the fit ends after `patience` epochs without a lower validation loss, and keeps the best epoch.
     batch_tokens: about so many tokens a step, in whole sequences; None for 32 steps an epoch, or more of 16,384 tokens.
     validation_fraction: share of each class held out for early stopping, in whole groups; 0 holds out nothing, and the
@@ -55,7 +56,7 @@ class TorchClassifier(ClassifierMixin, BaseEstimator):
     and validation_loss_, its loss; head_, a `FittedHead`.
     """
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 1.0
     max_epochs: int = 50
     patience: int = 10
