@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from lmprobe_tl import ActivationStore, extract_activations, extract_to_store, files
 from lmprobe_tl.errors import StoreError
@@ -276,6 +278,9 @@ def memory(model: Any, folder: Path) -> dict[str, float]:
 
 def main(model_folder: str, work: str) -> None:
     torch.set_num_threads(1)
+    # tqdm's own lock is shared with forked processes: a child that is killed while it holds it would stop all others.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # nor may a thread hold it while a child is forked
     model = load_model(Path(model_folder))
     extract_activations(model, PROMPTS[:2], progress=False)  # warm
     run = Experiment(model, Path(work))
