@@ -32,7 +32,13 @@ FLOORS = {
     | {"given_probes", "provenance", "store", "store.record", "activation_store", "splits", "token_bag"}
     | {"bootstrap", "scored", "measures"}
     | {"estimators", "estimators.blocks", "estimators.fitting", "estimators.linear_rule", "estimators.mass_mean"}
-    | {"estimators.streaming", "estimators.linear_classifier", "estimators.logit_scale", "estimators.pairs"}
+    | {
+        "estimators.streaming",
+        "estimators.linear_classifier",
+        "estimators.logit_classifier",
+        "estimators.logit_scale",
+        "estimators.pairs",
+    }
     | {"estimators.pca", "estimators.ccs", "estimators.layer_stack", "estimators.contrast"}
     | {"estimators.sample_weight", "estimators.fitted_head", "estimators.token_sequences"}
     | {"estimators.ragged", "estimators.token_scaling", "estimators.training", "estimators.torch_classifier"}
@@ -116,6 +122,7 @@ ONLY_IN = {
         "estimators.ccs",
         "estimators.layer_stack",
         "estimators.linear_classifier",
+        "estimators.logit_classifier",
         "estimators.pairs",
         "estimators.fitted_head",
         "estimators.torch_classifier",

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit, softmax
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -22,6 +20,7 @@ from torch import Tensor
 from lmprobe_tl.checked_record import require
 from lmprobe_tl.errors import InputError
 from lmprobe_tl.estimators.fitted_head import FittedHead
+from lmprobe_tl.estimators.logit_classifier import LogitClassifier
 from lmprobe_tl.estimators.sample_weight import validated_weight
 from lmprobe_tl.estimators.threads import training_threads
 from lmprobe_tl.estimators.token_scaling import check_finite, token_scaling
@@ -34,7 +33,7 @@ READING_ELEMENTS = 2**22  # 32 MiB of float64 at a time
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class TorchClassifier(ClassifierMixin, BaseEstimator):
+class TorchClassifier(LogitClassifier):
     """Base of the classifiers trained by AdamW with early stopping.
 
     learning_rate, weight_decay: of AdamW, on standardised features; biases do not decay. No values are best for all kinds
@@ -124,23 +123,6 @@ class TorchClassifier(ClassifierMixin, BaseEstimator):
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "head_")
-
-    def predict_proba(self, X: Any) -> Array:
-        """Sigmoid or softmax of the logits: [n n_classes]."""
-        logits = self.decision_function(X)
-        if logits.ndim == 1:
-            return np.column_stack([expit(-logits), expit(logits)])
-        return softmax(logits, axis=1)
-
-    def predict(self, X: Any) -> NDArray[Any]:
-        """The class of the highest logit: [n]."""
-        logits = self.decision_function(X)
-        index = (logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)
-        return self.classes_[index]
-
-    def decision_function(self, X: Any) -> Array:
-        """Logits: [n] for two classes, [n n_classes] otherwise."""
-        raise NotImplementedError
 
     def _train(self, data: TrainingSet, schedule: Schedule) -> tuple[FittedHead, tuple[Epoch, ...]]:
         raise NotImplementedError
